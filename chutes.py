@@ -1,0 +1,443 @@
+"""The upstream: one request in, one file on disk out, or a ChutesError that says what to do."""
+
+import errno
+import functools
+import json
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import HTTPError
+
+from config import Config
+
+MAX_RETRY_AFTER = 3600.0
+_CONNECT_SECONDS = 10.0
+_ERROR_BODY_SECONDS = 10.0
+_ERROR_BODY_BYTES = 65536
+_CHUNK = 65536
+_DETAIL_LENGTH = 300
+_NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
+
+
+class Remedy(Enum):
+    """What a failed call asks of the queue."""
+
+    FAIL = "the task has failed"
+    PAUSE = "the task has failed, and so would all others: pause the queue"
+    RETRY = "the attempt counts; another may help"
+    HOLD_MODEL = "not the task's fault: hold its model, no attempt counted"
+    HOLD_ALL = "not the task's fault: hold all tasks, no attempt counted"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an answer of Chutes said beside its body; nothing where there was none."""
+
+    status: int | None = None
+    invocation_id: str | None = None
+
+
+class ChutesError(Exception):
+    """A call without a picture.
+
+    `headline` is a short reason, the whole message a sentence to act on, both free of
+    secrets. `code` is the task's error_code, or a word for the record where the task
+    lives on. `wait` is in seconds, where Chutes named a time; `room` the bytes of disk
+    that were not enough.
+    """
+
+    def __init__(
+        self,
+        remedy: Remedy,
+        code: str,
+        headline: str,
+        detail: str = "",
+        advice: str = "",
+        *,
+        wait: float | None = None,
+        room: int = 0,
+        reply: Reply | None = None,
+    ):
+        message = f"{headline}: {detail}" if detail else headline
+        super().__init__(f"{message.rstrip('.')}. {advice}" if advice else message)
+        self.remedy = remedy
+        self.code = code
+        self.headline = headline
+        self.wait = wait
+        self.room = room
+        self.reply = reply or Reply()
+
+
+class Cut(Exception):
+    """The call was cut by this server; the message is the reason that was given."""
+
+
+class Line:
+    """The one connection of a call, which any thread may cut, at any moment."""
+
+    def __init__(self):
+        self.connected = False
+        self.cut_for: str | None = None
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._timer: threading.Timer | None = None
+
+    def cut(self, reason: str) -> None:
+        """Shut the connection down, now or as soon as there is one; the first reason stays."""
+        with self._lock:
+            self.cut_for = self.cut_for or reason
+            self._shut()
+
+    def cut_after(self, seconds: float, reason: str) -> None:
+        """Cut the line in that many seconds, instead of when it was last told."""
+        with self._lock:
+            self._cancel()
+            self._timer = threading.Timer(seconds, self.cut, (reason,))
+            self._timer.daemon = True
+            self._timer.start()
+
+    def watch(self, connection: socket.socket) -> None:
+        """Take the socket of the connection that is being made."""
+        with self._lock:
+            # A duplicate stays valid when TLS takes the socket over, and shutting it
+            # down ends the reads and writes of both.
+            self._socket = connection.dup()
+            if self.cut_for:
+                self._shut()
+
+    def close(self) -> None:
+        """Forget the connection and the time: nothing will be cut any more."""
+        with self._lock:
+            self._cancel()
+            if self._socket:
+                self._socket.close()
+                self._socket = None
+
+    def _cancel(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _shut(self) -> None:
+        if self._socket:
+            with suppress(OSError):  # It may have ended by itself.
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class Chutes:
+    """Call Chutes' API, with one fresh connection for each call."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time):
+        self._config = config
+        self._clock = clock
+        self._max_bytes = config.max_image_mb * 1024 * 1024
+
+    def generate(
+        self, model: str, prompt: str, params: dict[str, Any], path: Path, line: Line
+    ) -> Reply:
+        """Make one image and write the bytes to path, on disk (fsync) when this returns.
+
+        Takes at most TASK_TIMEOUT seconds from starting to connect to the last byte.
+        Whether the bytes are an image is not looked at. Raises ChutesError, or Cut where
+        the line was cut by someone else; the file may then hold a part.
+        """
+        try:
+            with _disk_faults(path), path.open("wb") as file:
+                return self._call(model, self._body(model, prompt, params), file, line)
+        finally:
+            line.close()
+
+    def _body(self, model: str, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
+        if self._config.model_in_url:
+            return {"prompt": prompt, **params}
+        return {"model": model, "prompt": prompt, **params}
+
+    def _call(self, model: str, body: dict[str, Any], file: Any, line: Line) -> Reply:
+        reply, framed = Reply(), False
+        deadline = time.monotonic() + self._config.task_timeout
+        line.cut_after(self._config.task_timeout, "deadline")
+        try:
+            with _Session(line) as session, self._post(session, model, body) as response:
+                reply = self._reply(response)
+                if not 200 <= response.status_code < 300:
+                    left = max(0, deadline - time.monotonic())
+                    line.cut_after(min(left, _ERROR_BODY_SECONDS), "error body")
+                    raise self._refusal(response, model, reply)
+                framed = "Content-Length" in response.headers or response.raw.chunked
+                self._stream(response, file, reply)
+        except _NETWORK_FAULTS as error:
+            raise self._fault(error, model, line, reply) from error
+        # A body without a length that was cut looks like one that ended.
+        if line.cut_for and not framed:
+            raise self._fault(None, model, line, reply)
+        return reply
+
+    def _post(
+        self, session: requests.Session, model: str, body: dict[str, Any]
+    ) -> requests.Response:
+        timeout = self._config.task_timeout
+        return session.post(
+            self._config.chutes_api_url.replace("{model}", model),
+            json=body,
+            headers={
+                "Authorization": f"Bearer {self._config.chutes_api_token}",
+                "Accept": "image/*",
+                "Accept-Encoding": "identity",
+            },
+            stream=True,
+            allow_redirects=False,
+            timeout=(min(_CONNECT_SECONDS, timeout), timeout),
+        )
+
+    def _stream(self, response: requests.Response, file: Any, reply: Reply) -> None:
+        if _length(response) > self._max_bytes:
+            raise self._too_large(reply)
+        for chunk in response.iter_content(_CHUNK):
+            if file.tell() + len(chunk) > self._max_bytes:
+                raise self._too_large(reply)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _too_large(self, reply: Reply) -> ChutesError:
+        return ChutesError(
+            Remedy.FAIL,
+            "image_too_large",
+            f"The image has more than {self._config.max_image_mb} MB",
+            advice="Raise MAX_IMAGE_MB to accept it.",
+            reply=reply,
+        )
+
+    def _reply(self, response: requests.Response) -> Reply:
+        invocation = response.headers.get("X-Chutes-InvocationID")
+        return Reply(response.status_code, self._plain(invocation)[:100] if invocation else None)
+
+    def _fault(
+        self, error: Exception | None, model: str, line: Line, reply: Reply
+    ) -> ChutesError | Cut:
+        """Say what a broken connection means: it depends on how far the call had come."""
+        if line.cut_for and line.cut_for != "deadline":
+            return Cut(line.cut_for)
+        if not line.connected:
+            why = self._plain(_cause(error)) if error else "no answer"
+            headline = f"Chutes cannot be reached for {model} ({why})"
+            return ChutesError(Remedy.HOLD_MODEL, "unavailable", headline)
+        if line.cut_for:
+            headline = f"No whole image came within {self._config.task_timeout:g} seconds"
+            return ChutesError(Remedy.RETRY, "upstream_timeout", headline, reply=reply)
+        if reply.status:
+            headline = "The image ended early: the connection broke"
+            return ChutesError(Remedy.RETRY, "upstream_truncated", headline, reply=reply)
+        why = self._plain(_cause(error))
+        headline = f"The connection to Chutes broke before an answer came ({why})"
+        return ChutesError(Remedy.RETRY, "upstream_error", headline)
+
+    def _refusal(self, response: requests.Response, model: str, reply: Reply) -> ChutesError:
+        """Say what a status other than 2xx means."""
+        status = response.status_code
+        detail = _detail(response)
+        text = self._plain(detail.get("message", detail))
+        refuse = functools.partial(ChutesError, reply=reply)
+        rejected = functools.partial(refuse, Remedy.FAIL, "upstream_rejected")
+        hold = functools.partial(refuse, Remedy.HOLD_MODEL, "unavailable")
+        wait = self._retry_after(response.headers.get("Retry-After"))
+
+        if status == 401:
+            headline = "Chutes refused the API token (401)"
+            advice = "Set a valid CHUTES_API_TOKEN and start the server again."
+            return refuse(Remedy.PAUSE, "upstream_auth", headline, text, advice)
+        if status == 402:
+            return self._payment(detail, text, refuse)
+        if status == 403:
+            headline = f"Chutes does not let this token use {model} (403)"
+            return refuse(Remedy.FAIL, "upstream_auth", headline, text)
+        if status == 503 and "disabled" in text.lower():
+            return rejected(f"Chutes has disabled {model} (503)", text)
+        if status == 429 and text.startswith("Free models limit"):
+            return hold(f"Chutes' free limit for today is reached for {model}", wait=wait)
+        if status in (429, 503):
+            return hold(f"Chutes has no free capacity for {model}", text, wait=wait)
+        if status in (502, 504) or 520 <= status <= 524:
+            return hold(f"Chutes' gateway has no answer for {model} ({status})", wait=wait)
+        if status == 408 or status >= 500:
+            return refuse(Remedy.RETRY, "upstream_error", f"Chutes failed ({status})", text)
+        if 300 <= status < 400:
+            headline = f"Chutes answered with a redirect ({status}), which is not followed"
+            return rejected(headline, advice="Check CHUTES_API_URL.")
+        if 400 <= status < 500:
+            return rejected(f"Chutes refused the request ({status})", text)
+        return refuse(Remedy.RETRY, "upstream_error", f"Chutes answered with status {status}")
+
+    def _payment(self, detail: dict[str, Any], text: str, refuse: Callable) -> ChutesError:
+        reset = _timestamp(detail.get("quota_reset_timestamp"))
+        if reset is None:
+            headline = "Chutes wants payment (402)"
+            advice = "Add balance to the account, then start the server again."
+            return refuse(Remedy.PAUSE, "upstream_payment", headline, text, advice)
+        wait = reset - self._clock()
+        return refuse(
+            Remedy.HOLD_ALL,
+            "quota",
+            "Chutes' daily quota is used up",
+            wait=wait if wait > 0 else None,
+        )
+
+    def _retry_after(self, value: str | None) -> float | None:
+        """Return the seconds to wait, at most an hour, or None where none are named."""
+        if value is None:
+            return None
+        if re.fullmatch(r"[0-9]+", value.strip()):
+            seconds = float(value.strip()[:10])
+        else:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - self._clock()
+            except (ValueError, TypeError, OverflowError):
+                return None
+        return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
+
+    def _plain(self, text: Any) -> str:
+        """Make text from upstream fit to be shown: no secret, one line, not long."""
+        if not isinstance(text, str):
+            text = json.dumps(text) if text else ""
+        text = self._config.scrub(text).encode("utf-8", "replace").decode()
+        text = " ".join(re.sub(r"[^\w\s!-~]", " ", text).split())
+        return text if len(text) <= _DETAIL_LENGTH else text[:_DETAIL_LENGTH] + " ..."
+
+
+class _Watched:
+    """A connection that shows its socket to the line before anything is sent on it."""
+
+    def __init__(self, *args: Any, line: Line, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._line = line
+
+    def _new_conn(self) -> socket.socket:
+        # urllib3 has no public place between the TCP connection and the TLS handshake.
+        connection = super()._new_conn()
+        self._line.watch(connection)
+        return connection
+
+    def connect(self) -> None:
+        super().connect()
+        self._line.connected = True
+
+
+class _WatchedHTTP(_Watched, HTTPConnection):
+    pass
+
+
+class _WatchedHTTPS(_Watched, HTTPSConnection):
+    pass
+
+
+class _Adapter(HTTPAdapter):
+    def __init__(self, line: Line):
+        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
+        self._line = line
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        watched = _WatchedHTTPS if pool.scheme == "https" else _WatchedHTTP
+        pool.ConnectionCls = functools.partial(watched, line=self._line)
+        return pool
+
+
+class _Session(requests.Session):
+    """A session for one call: no .netrc, no proxies, no redirects."""
+
+    def __init__(self, line: Line):
+        super().__init__()
+        self.trust_env = False
+        self.mount("http://", _Adapter(line))
+        self.mount("https://", _Adapter(line))
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Say that there is none: even a redirect not followed is read whole into memory."""
+        return None
+
+
+@contextmanager
+def _disk_faults(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except _NETWORK_FAULTS:
+        raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def disk_error(error: OSError, path: Path) -> ChutesError:
+    """Say what it means that a file could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        held = path.stat().st_size if path.exists() else 0
+        headline = "There is no room on the disk for the image"
+        return ChutesError(Remedy.HOLD_ALL, "no_room", headline, room=held + _CHUNK)
+    return ChutesError(
+        Remedy.FAIL,
+        "storage",
+        f"The image could not be written ({error.strerror})",
+        advice=f"Check the folder {path.parent}.",
+    )
+
+
+def _length(response: requests.Response) -> int:
+    value = response.headers.get("Content-Length", "")
+    return int(value[:20]) if value.isascii() and value.isdigit() else 0
+
+
+def _detail(response: requests.Response) -> dict[str, Any]:
+    """Read what a refusal says, as far as it comes: at most 64 KiB, broken or not."""
+    text = b""
+    try:
+        for chunk in response.iter_content(4096):
+            text += chunk
+            if len(text) >= _ERROR_BODY_BYTES:
+                break
+    except _NETWORK_FAULTS:
+        pass
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = text.decode("utf-8", "replace")
+        if value.lstrip().startswith("<"):
+            value = ""
+    detail = value.get("detail", value) if isinstance(value, dict) else value
+    return detail if isinstance(detail, dict) else {"message": detail}
+
+
+def _timestamp(text: Any) -> float | None:
+    try:
+        when = datetime.fromisoformat(text)
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _cause(error: BaseException | None) -> str:
+    """Find the plainest word for a network fault in the chain of its causes."""
+    words = "connection lost"
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"certificate: {error.verify_message}"
+        if isinstance(error, TimeoutError):
+            words = "timed out"
+        elif isinstance(error, OSError) and error.strerror:
+            words = error.strerror
+        error = error.__cause__ or error.__context__
+    return words

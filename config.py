@@ -1,0 +1,284 @@
+"""The settings: read from the environment and `.env`, checked once, then frozen."""
+
+import ipaddress
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parent
+
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
+_MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+class ConfigError(ValueError):
+    """A setting that stops the start; the message names it, its value and the rule."""
+
+
+@dataclass(frozen=True)
+class RateLimit:
+    """At most `count` calls started in any `seconds`."""
+
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hold every setting, checked; a field is named as its variable, in lower case."""
+
+    chutes_api_token: str = field(repr=False)
+    chutes_api_url: str
+    default_model: str
+    host: str
+    port: int
+    workers: int
+    threads: int
+    database_path: Path
+    output_dir: Path
+    concurrency: int
+    rate_limit: RateLimit | None
+    task_timeout: float
+    max_attempts: int
+    retry_backoff: float
+    task_ttl: int
+    interrupted: str
+    shutdown_grace: float
+    max_image_mb: int
+    log_format: str
+    allow_anonymous: bool
+
+    @property
+    def model_in_url(self) -> bool:
+        """Tell whether the model is part of the address instead of the body."""
+        return "{model}" in self.chutes_api_url
+
+    def scrub(self, text: str) -> str:
+        """Return the text with the secrets in it, in whatever case, replaced by `***`."""
+        return re.sub(re.escape(self.chutes_api_token), "***", text, flags=re.IGNORECASE)
+
+
+def model_fault(model: str, one_label: bool) -> str | None:
+    """Return the rule that a model's name breaks, or None.
+
+    With `one_label` the name becomes part of a host name, so that it must be a
+    single DNS label: anything else could send the token to another host.
+    """
+    if one_label:
+        rule = "one DNS label: letters, digits and inner '-', at most 63"
+        return None if _MODEL_LABEL.fullmatch(model) else rule
+    if not _MODEL.fullmatch(model) or ".." in model or "//" in model:
+        return (
+            "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
+        )
+    return None
+
+
+def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
+    """Read the settings from `root/.env` and the environment, which wins.
+
+    An empty value counts as not set. Raises ConfigError. The environment is not
+    changed, so that a later edit of `.env` is seen at the next reload.
+    """
+    try:
+        values = dotenv_values(root / ".env", interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{root / '.env'} cannot be read: {error}") from error
+    values.update((name, value) for name, value in environ.items() if value.strip())
+    return from_values({k: v.strip() for k, v in values.items() if v and v.strip()}, root)
+
+
+def reload() -> Config:
+    """Read the settings anew and put them in force for this process and its forks.
+
+    Where they are bad, those in force stay, and stderr says why; raises ConfigError
+    where there are none yet.
+    """
+    global _in_force
+    try:
+        _in_force = load()
+    except ConfigError as error:
+        if _in_force is None:
+            raise
+        print(f"{error}. The settings of before stay in force", file=sys.stderr)
+    return _in_force
+
+
+def in_force() -> Config:
+    """Return the settings that `reload` put in force, else read them."""
+    return _in_force or load()
+
+
+def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
+    """Check the values, fill in the defaults and return the Config, or raise ConfigError."""
+    settings = {
+        name.lower(): _setting(name, values, default, parse)
+        for name, (default, parse) in _SETTINGS.items()
+    }
+    for name in ("database_path", "output_dir"):
+        settings[name] = root / settings[name]
+    config = Config(**settings)
+    _check_together(config)
+    return config
+
+
+def bind_fault(config: Config) -> str | None:
+    """Return why the server may not listen on HOST, or None."""
+    if config.allow_anonymous or is_loopback(config.host):
+        return None
+    return (
+        f"HOST={config.host}: anyone who reaches this address could spend your Chutes quota; "
+        "set HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it "
+        "(API_KEYS, which will allow it too, is not built yet)"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address can be reached from this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_together(config: Config) -> None:
+    rule = model_fault(config.default_model, config.model_in_url)
+    if rule:
+        raise ConfigError(f"DEFAULT_MODEL={config.default_model}: must be {rule}")
+    if fault := bind_fault(config):
+        raise ConfigError(fault)
+    folder = config.database_path.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"DATABASE_PATH={config.database_path}: the folder {folder} must exist and be writable"
+        )
+
+
+def _setting(name: str, values: Mapping[str, str], default: Any, parse: Callable) -> Any:
+    if name not in values:
+        if default is _REQUIRED:
+            raise ConfigError(
+                f"{name} is not set: put it into .env (see .env.example), "
+                "or run `sh script/demo`, which needs no token"
+            )
+        return default() if callable(default) else default
+    try:
+        return parse(values[name])
+    except ValueError as error:
+        shown = "" if parse is _secret else f"={values[name][:200]}"
+        raise ConfigError(f"{name}{shown}: must be {error}") from None
+
+
+def _secret(text: str) -> str:
+    if not re.fullmatch(r"[\x20-\x7e]+", text):
+        raise ValueError("printable ASCII")
+    return text
+
+
+def _url(text: str) -> str:
+    rule = "an https address, or http on loopback, without user, query or fragment"
+    try:
+        parts = urlsplit(text.replace("{model}", "model"))
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(rule) from None
+    if not host or not re.fullmatch(r"[\x21-\x7e]+", text) or re.search(r"[?#@\\]", text):
+        raise ValueError(rule)
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+        raise ValueError(rule)
+    return text
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9.:\[\]%_-]+", text):
+        raise ValueError("a host name or an address")
+    return text.strip("[]")
+
+
+def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
+    rule = f"an integer from {least} to {most}" if most else f"an integer, at least {least}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,18}", text) or not _within(int(text), least, most):
+            raise ValueError(rule)
+        return int(text)
+
+    return parse
+
+
+def _seconds(least: float, most: float | None = None) -> Callable[[str], float]:
+    rule = f"seconds, from {least} to {most}" if most else f"seconds, at least {least}"
+
+    def parse(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
+            raise ValueError(rule)
+        if not _within(float(text), least, most):
+            raise ValueError(rule)
+        return float(text)
+
+    return parse
+
+
+def _within(number: float, least: float, most: float | None) -> bool:
+    return least <= number and (most is None or number <= most)
+
+
+def _choice(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(" or ".join(words))
+        return text
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    return _choice("0", "1")(text) == "1"
+
+
+def _rate_limit(text: str) -> RateLimit:
+    rule = "CALLS/SECONDS, for example 60/60"
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9}(?:\.[0-9]{1,9})?)", text)
+    if not found or int(found[1]) < 1 or float(found[2]) <= 0:
+        raise ValueError(rule)
+    return RateLimit(int(found[1]), float(found[2]))
+
+
+def _default_workers() -> int:
+    return min(2, os.cpu_count() or 1)
+
+
+_REQUIRED = object()
+_in_force: Config | None = None
+
+_SETTINGS: dict[str, tuple[Any, Callable]] = {
+    "CHUTES_API_TOKEN": (_REQUIRED, _secret),
+    "CHUTES_API_URL": ("https://image.chutes.ai/generate", _url),
+    "DEFAULT_MODEL": ("qwen-image", str),
+    "HOST": ("127.0.0.1", _host),
+    "PORT": (3000, _integer(1, 65535)),
+    "WORKERS": (_default_workers, _integer(1, 32)),
+    "THREADS": (16, _integer(2, 256)),
+    "DATABASE_PATH": ("tasks.sqlite3", str),
+    "OUTPUT_DIR": ("outputs", str),
+    "CONCURRENCY": (4, _integer(1, 64)),
+    "RATE_LIMIT": (None, _rate_limit),
+    "TASK_TIMEOUT": (600.0, _seconds(1)),
+    "MAX_ATTEMPTS": (3, _integer(1, 100)),
+    "RETRY_BACKOFF": (5.0, _seconds(0.01, 3600)),
+    "TASK_TTL": (604800, _integer(0)),
+    "INTERRUPTED": ("retry", _choice("retry", "fail")),
+    "SHUTDOWN_GRACE": (25.0, _seconds(0, 3600)),
+    "MAX_IMAGE_MB": (50, _integer(1)),
+    "LOG_FORMAT": ("text", _choice("text", "json")),
+    "ALLOW_ANONYMOUS": (False, _flag),
+}

@@ -1,0 +1,634 @@
+"""The tables and all SQL: what is accepted, what runs, what was called, and how it ended."""
+
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ALL_MODELS = "*"
+POSITIONS = 1000
+_VERSION = 1
+
+
+class DatabaseError(Exception):
+    """The database could not do what was asked; nothing was changed."""
+
+    def __init__(self, message: str, full: bool = False):
+        super().__init__(message)
+        self.full = full
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make, as it stood when it was read.
+
+    `attempts` are those that counted, `calls` all that were made; a call is known by
+    the number that `calls` had while it ran. `not_before` is epoch seconds, and null
+    where the task may run at once; the other times are UTC text. `bytes`, `width`,
+    `height` and `sha256` are the finished picture's.
+    """
+
+    seq: int
+    id: str
+    prompt: str
+    status: str
+    file_path: str | None
+    error: str | None
+    created_at: str
+    updated_at: str
+    error_code: str | None
+    model: str
+    params: dict[str, Any]
+    priority: int
+    attempts: int
+    calls: int
+    not_before: float | None
+    last_error: str | None
+    started_at: str | None
+    finished_at: str | None
+    content_type: str | None
+    bytes: int | None
+    width: int | None
+    height: int | None
+    sha256: str | None
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Task))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of an upstream call that has ended."""
+
+    outcome: str
+    seconds: float | None = None
+    http_status: int | None = None
+    invocation_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why the tasks of a model (or of ALL_MODELS) wait, and until when (epoch seconds).
+
+    `step` is the wait in seconds that the next failure doubles, `room` the bytes that
+    must be free on the disk, `probe` the one task that tries while the others wait.
+    """
+
+    model: str
+    reason: str
+    until: float
+    step: float
+    room: int
+    probe: str | None
+
+
+@dataclass(frozen=True)
+class NewHold:
+    """A hold to be set: `wait` seconds if Chutes named them, else `step`, which doubles."""
+
+    model: str
+    reason: str
+    step: float
+    most: float
+    wait: float | None = None
+    room: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a pending task waits for: its place in the line and all that holds it."""
+
+    ahead: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    holds: tuple[Hold, ...]
+    next_start: float | None
+
+
+_TABLES = """
+CREATE TABLE tasks (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  prompt TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('pending', 'processing', 'completed', 'failed')),
+  file_path TEXT,
+  error TEXT,
+  created_at TEXT NOT NULL,
+  updated_at TEXT NOT NULL,
+  error_code TEXT,
+  model TEXT NOT NULL,
+  params TEXT NOT NULL,
+  priority INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  calls INTEGER NOT NULL DEFAULT 0,
+  not_before REAL,
+  last_error TEXT,
+  started_at TEXT,
+  finished_at TEXT,
+  content_type TEXT,
+  bytes INTEGER,
+  width INTEGER,
+  height INTEGER,
+  sha256 TEXT
+) STRICT;
+
+CREATE INDEX tasks_ready ON tasks (model, priority DESC, seq)
+  WHERE status = 'pending' AND not_before IS NULL;
+CREATE INDEX tasks_later ON tasks (not_before)
+  WHERE status = 'pending' AND not_before IS NOT NULL;
+CREATE INDEX tasks_line ON tasks (priority DESC, seq) WHERE status = 'pending';
+CREATE INDEX tasks_age ON tasks (created_at) WHERE status = 'pending';
+CREATE INDEX tasks_processing ON tasks (seq) WHERE status = 'processing';
+
+CREATE TABLE calls (
+  task TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  started REAL NOT NULL,
+  seconds REAL,
+  http_status INTEGER,
+  outcome TEXT,
+  invocation_id TEXT,
+  PRIMARY KEY (task, number)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX calls_started ON calls (started);
+
+CREATE TABLE holds (
+  model TEXT PRIMARY KEY,
+  reason TEXT NOT NULL,
+  until REAL NOT NULL,
+  step REAL NOT NULL,
+  room INTEGER NOT NULL,
+  probe TEXT
+) STRICT;
+
+CREATE TABLE queue (
+  id INTEGER PRIMARY KEY CHECK (id = 1),
+  paused INTEGER NOT NULL DEFAULT 0,
+  pause_reason TEXT
+) STRICT;
+INSERT INTO queue (id) VALUES (1);
+"""
+
+# The models with a task that is ready, each found by one step in the index: a held
+# model with 100,000 waiting tasks costs one look, not 100,000.
+_NEXT = """
+WITH RECURSIVE ready (model) AS (
+  SELECT min(model) FROM tasks WHERE status = 'pending' AND not_before IS NULL
+  UNION ALL
+  SELECT (SELECT min(tasks.model) FROM tasks
+          WHERE status = 'pending' AND not_before IS NULL AND tasks.model > ready.model)
+  FROM ready WHERE ready.model IS NOT NULL
+)
+SELECT tasks.seq FROM ready JOIN tasks ON tasks.seq = (
+  SELECT first.seq FROM tasks AS first
+  WHERE first.status = 'pending' AND first.not_before IS NULL AND first.model = ready.model
+  ORDER BY first.priority DESC, first.seq LIMIT 1)
+WHERE NOT EXISTS (SELECT 1 FROM queue WHERE paused)
+  AND NOT EXISTS (SELECT 1 FROM holds
+                  WHERE holds.model IN (ready.model, '*')
+                    AND (probe IS NOT NULL OR until > :now))
+ORDER BY tasks.priority DESC, tasks.seq LIMIT 1
+"""
+
+
+class Database:
+    """Own the two connections of this process: one that writes, one that reads.
+
+    Every write is one transaction, on disk (fsync) when the method returns, under a
+    lock that all processes share: SQLite before 3.51.3 can lose committed rows when
+    two connections write or checkpoint at the same instant. A method that ends a call
+    returns False, and leaves the task alone, when the task is no longer in that call.
+    Open it after a fork, and close it in the same process. Raises DatabaseError.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()
+        self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            with self._alone():
+                self._writer = self._connect()
+                self._create_tables()
+                self._reader = self._connect()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def close(self) -> None:
+        """Close both connections; the last one folds the log file into the database."""
+        with self._alone(), self._reading:
+            self._reader.close()
+            self._writer.close()
+        os.close(self._lock)
+
+    def add(
+        self, id: str, prompt: str, model: str, params: dict[str, Any], priority: int, now: float
+    ) -> None:
+        """Store a pending task. When this returns, the task outlives a loss of power."""
+        with self._write() as connection:
+            connection.execute(
+                """INSERT INTO tasks
+                     (id, prompt, model, params, priority, status, created_at, updated_at)
+                   VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)""",
+                (id, prompt, model, json.dumps(params), priority, _stamp(now), _stamp(now)),
+            )
+
+    def get(self, id: str) -> Task | None:
+        """Read a task, or return None where there is none."""
+        with self._read() as connection:
+            rows = connection.execute(
+                f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (id,)
+            ).fetchall()
+        return _task(rows)
+
+    def standing(self, task: Task, rate_limit: tuple[int, float] | None, now: float) -> Standing:
+        """Read all that a pending task waits for, at one instant.
+
+        `ahead` is exact to POSITIONS and one more beyond.
+        """
+        with self._read() as connection:
+            # Two ranges of one index; an OR over both columns would be walked whole.
+            higher = "SELECT 1 FROM tasks WHERE status = 'pending' AND priority > :priority"
+            earlier = """SELECT 1 FROM tasks
+                         WHERE status = 'pending' AND priority = :priority AND seq < :seq"""
+            ((ahead,),) = connection.execute(
+                f"""SELECT min(:most,
+                      (SELECT count(*) FROM ({higher} LIMIT :most))
+                      + (SELECT count(*) FROM ({earlier} LIMIT :most)))""",
+                {"priority": task.priority, "seq": task.seq, "most": POSITIONS + 1},
+            ).fetchall()
+            ((paused, pause_reason),) = connection.execute(
+                "SELECT paused, pause_reason FROM queue"
+            ).fetchall()
+            return Standing(
+                ahead=ahead,
+                processing=_count_processing(connection),
+                paused=bool(paused),
+                pause_reason=pause_reason,
+                holds=_holds(connection, [ALL_MODELS, task.model]),
+                next_start=rate_limit and _next_start(connection, *rate_limit, now),
+            )
+
+    def has_work(self, now: float) -> bool:
+        """Tell whether `claim` would find a task; reads only, in well under a millisecond."""
+        with self._read() as connection:
+            ((found,),) = connection.execute(
+                f"""SELECT EXISTS (SELECT 1 FROM tasks
+                                   WHERE status = 'pending' AND not_before <= :now)
+                        OR EXISTS ({_NEXT})""",
+                {"now": now},
+            ).fetchall()
+        return bool(found)
+
+    def next_start(self, count: int, seconds: float, now: float) -> float | None:
+        """Return when the rate limit allows the next call (epoch seconds), None for now."""
+        with self._read() as connection:
+            return _next_start(connection, count, seconds, now)
+
+    def claim(self, now: float) -> Task | None:
+        """Take the next task that may run and note its call, or return None.
+
+        Highest priority first, then first in, first out. Passed over are tasks that wait
+        for their next attempt, models that are held, and all while the queue is paused.
+        The first task of a model after its hold has ended is the probe: no other task of
+        that model is claimed before the probe's call has ended.
+        """
+        with self._write() as connection:
+            connection.execute(
+                "UPDATE tasks SET not_before = NULL WHERE status = 'pending' AND not_before <= ?",
+                (now,),
+            )
+            task = _task(
+                connection.execute(
+                    f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
+                          started_at = :stamp, updated_at = :stamp
+                        WHERE seq = ({_NEXT}) AND status = 'pending'
+                        RETURNING {_COLUMNS}""",
+                    {"now": now, "stamp": _stamp(now)},
+                ).fetchall()
+            )
+            if task is None:
+                return None
+            connection.execute(
+                "INSERT INTO calls (task, number, started) VALUES (?, ?, ?)",
+                (task.id, task.calls, now),
+            )
+            connection.execute(
+                "UPDATE holds SET probe = ? WHERE model IN (?, ?)",
+                (task.id, task.model, ALL_MODELS),
+            )
+            return task
+
+    def complete(self, task: Task, call: Call, path: Path, image: Any, now: float) -> bool:
+        """End the task's call with a picture, whose facts `image` has as attributes."""
+        with self._ending(task, call) as connection:
+            if not _changed(
+                connection.execute(
+                    f"""UPDATE tasks SET status = 'completed', attempts = attempts + 1,
+                          file_path = :path, content_type = :content_type, bytes = :bytes,
+                          width = :width, height = :height, sha256 = :sha256,
+                          updated_at = :stamp, finished_at = :stamp
+                        WHERE {_IN_THIS_CALL}""",
+                    {
+                        **_this_call(task, now),
+                        "path": str(path),
+                        "content_type": image.content_type,
+                        "bytes": image.bytes,
+                        "width": image.width,
+                        "height": image.height,
+                        "sha256": image.sha256,
+                    },
+                )
+            ):
+                return False
+            _lift_probed(connection, task)
+            return True
+
+    def fail(
+        self,
+        task: Task,
+        call: Call,
+        code: str,
+        error: str,
+        now: float,
+        pause_reason: str | None = None,
+    ) -> bool:
+        """End the task's call and the task with an error; with a reason, pause the queue too."""
+        with self._ending(task, call) as connection:
+            if not _changed(
+                connection.execute(
+                    f"""UPDATE tasks SET status = 'failed', attempts = attempts + 1,
+                          error_code = :code, error = :error,
+                          updated_at = :stamp, finished_at = :stamp
+                        WHERE {_IN_THIS_CALL}""",
+                    {**_this_call(task, now), "code": code, "error": error},
+                )
+            ):
+                return False
+            _lift_probed(connection, task)
+            if pause_reason:
+                connection.execute(
+                    "UPDATE queue SET paused = 1, pause_reason = ? WHERE NOT paused",
+                    (pause_reason,),
+                )
+            return True
+
+    def retry_later(
+        self, task: Task, call: Call, error: str, not_before: float | None, now: float
+    ) -> bool:
+        """End a call that counts as an attempt, and make the task pending again."""
+        with self._ending(task, call) as connection:
+            if not _changed(_put_back(connection, task, 1, not_before, error, now)):
+                return False
+            _lift_probed(connection, task)
+            return True
+
+    def put_back(self, task: Task, call: Call, hold: NewHold | None, now: float) -> bool:
+        """End a call that does not count, make the task pending again, and set the hold."""
+        with self._ending(task, call) as connection:
+            if not _changed(_put_back(connection, task, 0, None, task.last_error, now)):
+                return False
+            if hold:
+                _set_hold(connection, hold, task, now)
+            if hold and hold.model != ALL_MODELS:
+                _lift_probed(connection, task)
+            connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
+            return True
+
+    def delay_hold(self, model: str, until: float) -> None:
+        """Let a hold that is due last until then."""
+        with self._write() as connection:
+            connection.execute(
+                "UPDATE holds SET until = ? WHERE model = ? AND probe IS NULL", (until, model)
+            )
+
+    def hold(self, model: str) -> Hold | None:
+        """Read the hold of a model, or of ALL_MODELS."""
+        with self._read() as connection:
+            return next(iter(_holds(connection, [model])), None)
+
+    def expire(self, created_before: float, error: str, now: float, limit: int = 500) -> int:
+        """Fail up to `limit` pending tasks that were added before then; return how many."""
+        cutoff = _stamp(created_before)
+        with self._read() as connection:
+            old = "SELECT seq FROM tasks WHERE status = 'pending' AND created_at < ? LIMIT ?"
+            if not connection.execute(old, (cutoff, 1)).fetchall():
+                return 0
+        with self._write() as connection:
+            return connection.execute(
+                f"""UPDATE tasks SET status = 'failed', error_code = 'expired', error = ?,
+                      updated_at = ?, finished_at = ?
+                    WHERE seq IN ({old}) AND status = 'pending'""",
+                (error, _stamp(now), _stamp(now), cutoff, limit),
+            ).rowcount
+
+    def orphans(self) -> list[Task]:
+        """Read the tasks under way: for whoever begins to run the queue, all are orphans."""
+        with self._read() as connection:
+            rows = connection.execute(
+                f"SELECT {_COLUMNS} FROM tasks WHERE status = 'processing' ORDER BY seq"
+            ).fetchall()
+        return [_task([row]) for row in rows]
+
+    def begin(self) -> None:
+        """Note that the queue starts anew: no probe is under way, its own pause is lifted."""
+        with self._write() as connection:
+            connection.execute("UPDATE holds SET probe = NULL WHERE probe IS NOT NULL")
+            connection.execute(
+                """UPDATE queue SET paused = 0, pause_reason = NULL
+                   WHERE pause_reason IS NOT NULL"""
+            )
+
+    def _connect(self) -> sqlite3.Connection:
+        # Autocommit: every transaction is begun and ended in sight. The lock beside each
+        # connection keeps the threads apart, so that sqlite3 need not check for it.
+        connection = sqlite3.connect(
+            self.path, timeout=30, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        # NORMAL may lose the last commits when the power goes.
+        connection.execute("PRAGMA synchronous = FULL").fetchall()
+        return connection
+
+    def _create_tables(self) -> None:
+        ((version,),) = self._writer.execute("PRAGMA user_version").fetchall()
+        if version == _VERSION:
+            return
+        if version or self._writer.execute("SELECT 1 FROM sqlite_schema").fetchall():
+            raise DatabaseError(
+                f"{self.path} was made by another program or another version: "
+                "move it away, or name another file in DATABASE_PATH"
+            )
+        self._writer.executescript(
+            f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT"
+        )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep every other writer out, in this process and in all others."""
+        with self._writing:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise _ours(error, "written") from error
+            finally:
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    @contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._alone():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._reading:
+            try:
+                self._reader.execute("BEGIN")
+                try:
+                    yield self._reader
+                finally:
+                    self._reader.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise _ours(error, "read") from error
+
+    @contextmanager
+    def _ending(self, task: Task, call: Call) -> Iterator[sqlite3.Connection]:
+        """Write, with the end of the call in the same transaction."""
+        with self._write() as connection:
+            connection.execute(
+                """UPDATE calls SET outcome = ?, seconds = ?, http_status = ?, invocation_id = ?
+                   WHERE task = ? AND number = ? AND outcome IS NULL""",
+                (
+                    call.outcome,
+                    call.seconds,
+                    call.http_status,
+                    call.invocation_id,
+                    task.id,
+                    task.calls,
+                ),
+            )
+            yield connection
+
+
+_IN_THIS_CALL = "id = :id AND status = 'processing' AND calls = :calls"
+
+
+def _this_call(task: Task, now: float) -> dict[str, Any]:
+    return {"id": task.id, "calls": task.calls, "stamp": _stamp(now)}
+
+
+def _put_back(
+    connection: sqlite3.Connection,
+    task: Task,
+    counted: int,
+    not_before: float | None,
+    error: str | None,
+    now: float,
+) -> sqlite3.Cursor:
+    return connection.execute(
+        f"""UPDATE tasks SET status = 'pending', attempts = attempts + :counted,
+              not_before = :not_before, last_error = :error, updated_at = :stamp
+            WHERE {_IN_THIS_CALL}""",
+        {**_this_call(task, now), "counted": counted, "not_before": not_before, "error": error},
+    )
+
+
+def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: float) -> None:
+    # Only the probe's failure doubles the wait: the calls that were under way when the
+    # hold began tell nothing new.
+    connection.execute(
+        """INSERT INTO holds (model, reason, until, step, room)
+           VALUES (:model, :reason, :now + coalesce(:wait, :step), :step, :room)
+           ON CONFLICT (model) DO UPDATE SET
+             reason = excluded.reason,
+             probe = nullif(probe, :task),
+             room = max(room, excluded.room),
+             step = CASE WHEN probe = :task THEN min(2 * step, :most) ELSE step END,
+             until = max(until, :now + coalesce(:wait,
+               CASE WHEN probe = :task THEN min(2 * step, :most) ELSE step END))""",
+        {
+            "model": hold.model,
+            "reason": hold.reason,
+            "wait": hold.wait,
+            "step": hold.step,
+            "most": hold.most,
+            "room": hold.room,
+            "task": task.id,
+            "now": now,
+        },
+    )
+
+
+def _lift_probed(connection: sqlite3.Connection, task: Task) -> None:
+    """Lift the holds that this task probed, but for the one it has just set again."""
+    connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
+
+
+def _holds(connection: sqlite3.Connection, models: list[str]) -> tuple[Hold, ...]:
+    """Read the holds of these models, in their order."""
+    rows = [
+        row
+        for model in models
+        for row in connection.execute(
+            "SELECT model, reason, until, step, room, probe FROM holds WHERE model = ?", (model,)
+        ).fetchall()
+    ]
+    return tuple(Hold(*row) for row in rows)
+
+
+def _next_start(
+    connection: sqlite3.Connection, count: int, seconds: float, now: float
+) -> float | None:
+    """Slide the window over the calls that were started, whatever became of them."""
+    rows = connection.execute(
+        "SELECT started FROM calls WHERE started > ? ORDER BY started DESC LIMIT 1 OFFSET ?",
+        (now - seconds, count - 1),
+    ).fetchall()
+    # A clock that was set back must not stop the queue for longer than one window.
+    return min(rows[0][0], now) + seconds if rows else None
+
+
+def _count_processing(connection: sqlite3.Connection) -> int:
+    ((count,),) = connection.execute(
+        "SELECT count(*) FROM tasks WHERE status = 'processing'"
+    ).fetchall()
+    return count
+
+
+def _task(rows: list[tuple]) -> Task | None:
+    if not rows:
+        return None
+    task = Task(*rows[0])
+    return replace(task, params=json.loads(task.params))
+
+
+def _changed(cursor: sqlite3.Cursor) -> bool:
+    return cursor.rowcount == 1
+
+
+def _stamp(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _ours(error: sqlite3.Error, done: str) -> DatabaseError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return DatabaseError(
+        f"The database cannot be {done}: {error}", full=code == sqlite3.SQLITE_FULL
+    )

@@ -1,0 +1,58 @@
+"""How gunicorn serves the application: `gunicorn` in this folder needs nothing more."""
+
+import math
+import os
+from pathlib import Path
+
+from gunicorn import glogging
+
+import config as settings
+import logs
+
+try:
+    _config = settings.reload()
+except settings.ConfigError as error:
+    raise SystemExit(str(error)) from error
+
+_host = f"[{_config.host}]" if ":" in _config.host else _config.host
+
+wsgi_app = "app:app"
+bind = [f"{_host}:{_config.port}"]
+workers = _config.workers
+worker_class = "gthread"
+threads = _config.threads
+# The worker process drains the queue in worker_exit, where it gives no sign of life:
+# neither the master's patience nor its heartbeat may end before the grace does.
+graceful_timeout = math.ceil(_config.shutdown_grace) + 10
+timeout = graceful_timeout + 20
+# Background calls do not survive a worker that is recycled, nor threads a fork.
+max_requests = 0
+preload_app = False
+control_socket_disable = True
+worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+class logger_class(glogging.Logger):
+    """Send gunicorn's lines and ours through one format, to wherever gunicorn's go."""
+
+    def setup(self, cfg):
+        super().setup(cfg)
+        for handler in self.error_log.handlers:
+            handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
+        logs.logging.root.handlers = list(self.error_log.handlers)
+        logs.logging.root.setLevel(self.error_log.level)
+
+
+def post_worker_init(worker):
+    """Let this process stand by for the queue, for as long as it serves its own master."""
+    worker.wsgi.extensions["worker"].start(
+        lambda: worker.alive and os.getppid() == worker.ppid,
+    )
+
+
+def worker_exit(server, worker):
+    """End what the process began; the master calls this too, for one that never started."""
+    if hasattr(worker, "wsgi"):
+        import app  # Not in the master: a reload would serve the code of before.
+
+        app.close(worker.wsgi)

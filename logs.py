@@ -1,0 +1,78 @@
+"""The log lines: their two formats, and the promise that no secret is in one."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_OWN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+class Formatter(logging.Formatter):
+    """Format a record as one line, scrubbed of secrets; only a traceback adds lines.
+
+    What was passed as `extra` follows the message as key=value. Control characters
+    are escaped, so that no text from outside can forge a line.
+    """
+
+    converter = time.gmtime
+
+    def __init__(self, scrub: Callable[[str], str]):
+        super().__init__()
+        self._scrub = scrub
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._scrub(self._lay_out(record))
+
+    def _lay_out(self, record: logging.LogRecord) -> str:
+        when = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        words = [f"{when}.{int(record.msecs):03d} {record.process} {record.levelname}"]
+        words.append(_one_line(record.getMessage()))
+        words += [f"{key}={_one_line(str(value))}" for key, value in _extra(record).items()]
+        line = " ".join(words)
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+class JsonFormatter(Formatter):
+    """Format a record as one JSON object on one line, its traceback included."""
+
+    def _lay_out(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "process": record.process,
+            "message": record.getMessage(),
+            **_extra(record),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
+def formatter(log_format: str, scrub: Callable[[str], str]) -> Formatter:
+    """Return the formatter for a LOG_FORMAT."""
+    return (JsonFormatter if log_format == "json" else Formatter)(scrub)
+
+
+def to_stderr(log_format: str, scrub: Callable[[str], str]) -> None:
+    """Send every record of this process to stderr, unless someone has seen to it already."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter(log_format, scrub))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _extra(record: logging.LogRecord) -> dict:
+    return {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _OWN_FIELDS and value is not None
+    }
+
+
+def _one_line(text: str) -> str:
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

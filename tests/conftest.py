@@ -1,0 +1,59 @@
+"""What the tests share: settings, a database, an upstream, and a way to wait for a fact."""
+
+import time
+
+import pytest
+from upstream import Upstream, serving
+
+import config as settings
+from db import Database
+
+TOKEN = "cpk_0123456789abcdef0123456789abcdef.fedcba98.ThisIsTheSecretOfTheTests"
+
+
+class Clock:
+    """A clock that stands until a test turns it."""
+
+    def __init__(self, now=1_790_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def wait_until(fact, seconds=20, what="the fact did not come about"):
+    """Look until the fact is true and return it; fail after that many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := fact()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+    return found
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Return a maker of settings for this test's own folder."""
+
+    def make(**values):
+        values = {"CHUTES_API_TOKEN": TOKEN, **values}
+        return settings.from_values({k: str(v) for k, v in values.items()}, tmp_path)
+
+    return make
+
+
+@pytest.fixture
+def database(tmp_path):
+    database = Database(tmp_path / "tasks.sqlite3")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def upstream():
+    with serving(Upstream()) as server:
+        yield server

@@ -1,0 +1,426 @@
+"""The tables: what is claimed next, who may end it, and what outlives what."""
+
+import multiprocessing
+import sqlite3
+import threading
+
+import pytest
+
+import db
+from db import ALL_MODELS, Call, Database, DatabaseError, NewHold
+from images import Image
+
+NOW = 1_790_000_000.0
+PICTURE = Image("image/png", "png", 3, 1, 1, "0" * 64)
+
+
+def add(database, *names, model="m", priority=0, now=NOW):
+    for name in names:
+        database.add(name, f"prompt {name}", model, {"width": 512}, priority, now)
+
+
+def claimed(database, now=NOW):
+    """Claim all that can be claimed, and return the names in order."""
+    names = []
+    while task := database.claim(now):
+        names.append(task.id)
+    return names
+
+
+def hold(model="m", **values):
+    return NewHold(model, **{"reason": "busy", "step": 5, "most": 300, **values})
+
+
+def test_a_new_task_is_pending(database):
+    add(database, "a", priority=7)
+    task = database.get("a")
+    assert (task.status, task.prompt, task.priority) == ("pending", "prompt a", 7)
+    assert task.params == {"width": 512}
+    assert (task.attempts, task.error, task.file_path, task.finished_at) == (0, None, None, None)
+    assert task.created_at == task.updated_at == "2026-09-21 14:13:20"
+
+
+def test_an_unknown_task_is_none(database):
+    assert database.get("nobody") is None
+
+
+def test_first_in_first_out_within_a_priority(database):
+    add(database, "a", "b")
+    add(database, "urgent", "urgent too", priority=1)
+    add(database, "later", priority=-1)
+    add(database, "c", model="another")
+    assert claimed(database) == ["urgent", "urgent too", "a", "b", "c", "later"]
+
+
+def test_a_claim_is_for_one(database):
+    add(database, "a")
+    task = database.claim(NOW)
+    assert (task.status, task.calls, task.attempts) == ("processing", 1, 0)
+    assert database.claim(NOW) is None
+    assert not database.has_work(NOW)
+
+
+def test_a_task_that_waits_for_its_next_attempt_blocks_no_other(database):
+    add(database, "a", "b")
+    database.retry_later(database.claim(NOW), Call("upstream_error"), "failed", NOW + 60, NOW)
+    assert claimed(database, NOW + 59) == ["b"]
+    assert not database.has_work(NOW + 59)
+    assert database.has_work(NOW + 60)
+    task = database.claim(NOW + 60)
+    assert (task.id, task.calls, task.attempts, task.last_error) == ("a", 2, 1, "failed")
+
+
+def test_completed_tells_the_picture(database, tmp_path):
+    add(database, "a")
+    task = database.claim(NOW)
+    path = tmp_path / "a.png"
+    assert database.complete(task, Call("completed", 1.5, 200, "inv"), path, PICTURE, NOW + 2)
+    task = database.get("a")
+    assert (task.status, task.attempts, task.file_path) == ("completed", 1, str(path))
+    assert (task.content_type, task.bytes, task.sha256) == ("image/png", 3, "0" * 64)
+    assert task.finished_at == "2026-09-21 14:13:22"
+
+
+def test_failed_tells_why(database):
+    add(database, "a")
+    assert database.fail(database.claim(NOW), Call("storage"), "storage", "no folder", NOW)
+    task = database.get("a")
+    assert (task.status, task.error_code, task.error) == ("failed", "storage", "no folder")
+
+
+ENDINGS = {
+    "complete": lambda d, t: d.complete(t, Call("completed"), "p", PICTURE, NOW),
+    "fail": lambda d, t: d.fail(t, Call("storage"), "storage", "e", NOW, "paused, too"),
+    "retry_later": lambda d, t: d.retry_later(t, Call("upstream_error"), "e", None, NOW),
+    "put_back": lambda d, t: d.put_back(t, Call("unavailable"), hold(), NOW),
+}
+
+
+@pytest.mark.parametrize("late", ENDINGS)
+@pytest.mark.parametrize("newer", ENDINGS)
+def test_a_late_end_changes_nothing_newer(database, late, newer):
+    add(database, "a")
+    task = database.claim(NOW)
+    assert ENDINGS[newer](database, task)
+    database.claim(NOW + 400)
+    before = database.get("a"), database.hold("m"), database.standing(task, None, NOW)
+    assert not ENDINGS[late](database, task)
+    assert before == (database.get("a"), database.hold("m"), database.standing(task, None, NOW))
+
+
+def rows(database, sql):
+    connection = sqlite3.connect(database.path)
+    try:
+        return connection.execute(sql).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_call_has_a_row_that_says_how_it_ended(database, ending):
+    add(database, "a")
+    task = database.claim(NOW)
+    sql = "SELECT task, number, started, outcome FROM calls"
+    assert rows(database, sql) == [("a", 1, NOW, None)]
+    ENDINGS[ending](database, task)
+    ((name, number, started, outcome),) = rows(database, sql)
+    assert (name, number, started) == ("a", 1, NOW)
+    assert outcome in ("completed", "storage", "upstream_error", "unavailable")
+
+
+def test_a_call_keeps_what_chutes_said(database):
+    add(database, "a")
+    database.fail(database.claim(NOW), Call("upstream_rejected", 0.5, 400, "inv-1"), "c", "e", NOW)
+    assert rows(database, "SELECT seconds, http_status, invocation_id FROM calls") == [
+        (0.5, 400, "inv-1")
+    ]
+
+
+def test_a_held_model_waits_and_others_go_on(database):
+    add(database, "a", "b")
+    add(database, "x", model="other")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    assert claimed(database, NOW + 4.9) == ["x"]
+    assert database.get("a").attempts == 0
+    assert database.hold("m").until == NOW + 5
+
+
+def test_one_probe_tries_when_the_hold_ends(database):
+    add(database, "a", "b")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    assert claimed(database, NOW + 5) == ["a"]
+    assert database.hold("m").probe == "a"
+
+
+def test_a_probe_that_gets_through_lifts_the_hold(database):
+    add(database, "a", "b", "c")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.complete(database.claim(NOW + 5), Call("completed"), "p", PICTURE, NOW + 6)
+    assert database.hold("m") is None
+    assert claimed(database, NOW + 6) == ["b", "c"]
+
+
+@pytest.mark.parametrize("ending", ["fail", "retry_later"])
+def test_a_probe_that_fails_by_its_own_fault_lifts_the_hold(database, ending):
+    add(database, "a", "b")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    ENDINGS[ending](database, database.claim(NOW + 5))
+    assert database.hold("m") is None
+
+
+def test_each_probe_that_fails_doubles_the_hold(database):
+    add(database, "a")
+    now, steps = NOW, []
+    for _ in range(9):
+        database.put_back(database.claim(now), Call("unavailable"), hold(), now)
+        steps.append(database.hold("m").until - now)
+        now = database.hold("m").until
+    assert steps == [5, 10, 20, 40, 80, 160, 300, 300, 300]
+
+
+def test_calls_that_were_under_way_together_do_not_double_it(database):
+    add(database, "a", "b", "c")
+    tasks = [database.claim(NOW) for _ in range(3)]
+    for task in tasks:
+        database.put_back(task, Call("unavailable"), hold(), NOW + 1)
+    assert database.hold("m").until == NOW + 6
+
+
+def test_a_named_wait_is_kept_to(database):
+    add(database, "a")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(wait=100), NOW)
+    assert database.hold("m").until == NOW + 100
+    database.put_back(database.claim(NOW + 100), Call("unavailable"), hold(wait=1), NOW + 100)
+    assert database.hold("m").until == NOW + 101
+
+
+def test_a_probe_that_is_cut_leaves_the_hold_to_the_next(database):
+    add(database, "a")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.put_back(database.claim(NOW + 5), Call("shutdown"), None, NOW + 6)
+    assert database.hold("m").probe is None
+    assert claimed(database, NOW + 6) == ["a"]
+
+
+def test_a_hold_of_all_models_stops_all(database):
+    add(database, "a")
+    add(database, "x", model="other")
+    database.put_back(database.claim(NOW), Call("quota"), hold(ALL_MODELS, wait=3600), NOW)
+    assert claimed(database, NOW + 3599) == []
+    assert claimed(database, NOW + 3600) == ["a"]
+
+
+def test_a_probe_of_both_holds_lifts_the_one_it_got_past(database):
+    add(database, "a", "b")
+    first, second = database.claim(NOW), database.claim(NOW)
+    database.put_back(first, Call("unavailable"), hold(), NOW)
+    database.put_back(second, Call("quota"), hold(ALL_MODELS), NOW)
+    database.put_back(database.claim(NOW + 5), Call("unavailable"), hold(), NOW + 5)
+    assert database.hold(ALL_MODELS) is None
+    assert (database.hold("m").until, database.hold("m").probe) == (NOW + 15, None)
+
+
+def test_holds_outlive_a_restart_but_probes_do_not(database):
+    add(database, "a")
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    probe = database.claim(NOW + 5)
+    database.begin()
+    assert database.hold("m").probe is None
+    assert [task.id for task in database.orphans()] == [probe.id]
+
+
+def test_a_pause_of_its_own_stops_the_queue_until_it_begins_anew(database):
+    add(database, "a", "b")
+    database.fail(database.claim(NOW), Call("upstream_auth"), "upstream_auth", "e", NOW, "401")
+    assert claimed(database) == []
+    standing = database.standing(database.get("b"), None, NOW)
+    assert (standing.paused, standing.pause_reason) == (True, "401")
+    database.begin()
+    assert claimed(database) == ["b"]
+
+
+def test_the_rate_limit_slides_over_the_calls_that_were_started(database):
+    add(database, "a", "b", "c")
+    assert database.next_start(2, 60, NOW) is None
+    database.claim(NOW)
+    assert database.next_start(2, 60, NOW + 1) is None
+    database.claim(NOW + 10)
+    assert database.next_start(2, 60, NOW + 11) == NOW + 60
+    assert database.next_start(2, 60, NOW + 60) is None
+    database.claim(NOW + 60)
+    assert database.next_start(2, 60, NOW + 61) == NOW + 70
+
+
+def test_a_clock_set_back_stops_the_queue_for_one_window_at_most(database):
+    add(database, "a")
+    database.claim(NOW)
+    assert database.next_start(1, 60, NOW - 86400) == NOW - 86400 + 60
+
+
+def test_what_waited_too_long_expires_in_steps(database):
+    add(database, "a", "b", "c", now=NOW - 100)
+    add(database, "fresh")
+    assert database.expire(NOW - 50, "too late", NOW, limit=2) == 2
+    assert database.expire(NOW - 50, "too late", NOW, limit=2) == 1
+    assert database.expire(NOW - 50, "too late", NOW, limit=2) == 0
+    states = [(database.get(name).status, database.get(name).error_code) for name in "abc"]
+    assert states == [("failed", "expired")] * 3
+    assert database.get("fresh").status == "pending"
+
+
+def test_the_place_in_the_line(database):
+    add(database, "a", "b")
+    add(database, "urgent", priority=5)
+    places = {name: database.standing(database.get(name), None, NOW).ahead for name in "ab"}
+    assert places == {"a": 1, "b": 2}
+    assert database.standing(database.get("urgent"), None, NOW).ahead == 0
+    database.claim(NOW)
+    assert database.standing(database.get("a"), None, NOW).ahead == 0
+
+
+def fill(database, count, models=3):
+    with database._write() as connection:
+        connection.executemany(
+            """INSERT INTO tasks
+                 (id, prompt, model, params, priority, status, created_at, updated_at)
+               VALUES (?, 'p', ?, '{}', 0, 'pending', '2026-09-21 00:00:00', '')""",
+            ((f"t{n}", f"m{n % models}") for n in range(count)),
+        )
+
+
+def test_the_place_is_exact_to_1000_and_no_further(database):
+    fill(database, 1100)
+    assert database.standing(database.get("t999"), None, NOW).ahead == 999
+    assert database.standing(database.get("t1000"), None, NOW).ahead == 1000
+    assert database.standing(database.get("t1001"), None, NOW).ahead == 1001
+    assert database.standing(database.get("t1099"), None, NOW).ahead == 1001
+
+
+def plan(database, sql, values):
+    with database._read() as connection:
+        lines = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
+    return [line[3] for line in lines]
+
+
+def test_the_next_task_is_found_by_steps_in_an_index(database):
+    fill(database, 100)
+    steps = plan(database, db._NEXT, {"now": NOW})
+    on_tasks = [step for step in steps if " tasks" in step or " first" in step]
+    assert on_tasks
+    assert all(step.startswith("SEARCH") for step in on_tasks)
+
+
+def steps_taken(database, work):
+    """Count the instructions of SQLite's machine, in tens."""
+    taken = []
+    for connection in (database._reader, database._writer):
+        connection.set_progress_handler(lambda: taken.append(1), 10)
+    work()
+    for connection in (database._reader, database._writer):
+        connection.set_progress_handler(None, 0)
+    return len(taken)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, held):
+    steps = []
+    for count in (30, 30_000):
+        database = Database(tmp_path / f"{count}.sqlite3")
+        fill(database, count)
+        if held:
+            for _ in range(3):
+                task = database.claim(NOW)
+                database.put_back(task, Call("unavailable"), hold(task.model), NOW)
+        steps.append(steps_taken(database, lambda: database.claim(NOW)))  # noqa: B023
+        steps.append(steps_taken(database, lambda: database.has_work(NOW)))  # noqa: B023
+        database.close()
+    assert steps[2] <= steps[0] + 10
+    assert steps[3] <= steps[1] + 10
+
+
+def test_commits_reach_the_disk(database):
+    assert database._writer.execute("PRAGMA synchronous").fetchall() == [(2,)]
+    assert database._writer.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+
+
+def test_the_seven_columns_of_the_original_are_there(database):
+    names = [row[1] for row in rows(database, "PRAGMA table_info(tasks)")]
+    for name in ("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"):
+        assert name in names
+
+
+@pytest.mark.parametrize("content", ["CREATE TABLE tasks (id)", "PRAGMA user_version = 99"])
+def test_a_database_of_others_is_left_alone(tmp_path, content):
+    path = tmp_path / "other.sqlite3"
+    connection = sqlite3.connect(path)
+    connection.executescript(content)
+    connection.close()
+    with pytest.raises(DatabaseError, match="another program"):
+        Database(path)
+
+
+def test_a_file_that_is_no_database_is_named_as_such(tmp_path):
+    path = tmp_path / "other.sqlite3"
+    path.write_text("not a database at all, but long enough to look like one" * 100)
+    with pytest.raises(DatabaseError, match="not a database"):
+        Database(path)
+
+
+def test_a_write_that_fails_changes_nothing(database):
+    add(database, "a")
+    with pytest.raises(DatabaseError):
+        add(database, "a")
+    assert claimed(database) == ["a"]
+
+
+def test_a_full_disk_is_told_apart(database):
+    database._writer.execute("PRAGMA max_page_count = 1").fetchall()
+    with pytest.raises(DatabaseError) as error:
+        for n in range(1000):
+            database.add(f"t{n}", "p" * 5000, "m", {}, 0, NOW)
+    assert error.value.full
+
+
+def claim_and_add(path, results):
+    database = Database(path)
+    names = []
+    for n in range(50):
+        task = database.claim(NOW)
+        names.append(task.id)
+        database.complete(task, Call("completed"), "p", PICTURE, NOW)
+        database.add(f"{task.id}-{n}", "p", "m", {}, 0, NOW)
+    results.put(names)
+    database.close()
+
+
+def test_processes_never_claim_the_same_task(database):
+    fill(database, 300, models=1)
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    processes = [
+        spawn.Process(target=claim_and_add, args=(database.path, results)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    names = [name for _ in processes for name in results.get(timeout=60)]
+    for process in processes:
+        process.join()
+    assert len(names) == len(set(names)) == 200
+    assert rows(database, "SELECT status, count(*) FROM tasks GROUP BY status ORDER BY 1") == [
+        ("completed", 200),
+        ("pending", 300),
+    ]
+    assert rows(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_threads_add_without_waiting_on_each_other_for_ever(database):
+    def work(first):
+        for n in range(25):
+            add(database, f"{first}-{n}")
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed(database)) == 200

@@ -1,0 +1,132 @@
+"""What counts as an image, and as a whole one."""
+
+import hashlib
+import io
+import random
+import threading
+
+import pytest
+from PIL import Image
+from upstream import picture
+
+import images
+
+
+def saved(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "content_type", "extension"),
+    [
+        ("PNG", "image/png", "png"),
+        ("JPEG", "image/jpeg", "jpg"),
+        ("WEBP", "image/webp", "webp"),
+    ],
+)
+def test_the_bytes_say_what_it_is(tmp_path, kind, content_type, extension):
+    data = picture(kind, (300, 200))
+    image = images.inspect(saved(tmp_path / "misleading.txt", data))
+    assert (image.content_type, image.extension) == (content_type, extension)
+    assert (image.bytes, image.width, image.height) == (len(data), 300, 200)
+    assert image.sha256 == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{}", b"<html></html>", b"GIF89a" + b"\0" * 40, b"RIFF\x24\0\0\0WAVEfmt ", b"\xff\xd8"],
+)
+def test_other_bytes_are_no_image(tmp_path, data):
+    with pytest.raises(images.NotAnImage) as error:
+        images.inspect(saved(tmp_path / "x", data))
+    assert (error.value.code, error.value.again) == ("not_an_image", True)
+
+
+def noise(kind):
+    """Return an image of many bytes, so that there is something to cut off."""
+    rows = random.Random(1).randbytes(200 * 200 * 3)
+    out = io.BytesIO()
+    Image.frombytes("RGB", (200, 200), rows).save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.01, 0.5, 0.99, -12, -2, -1])
+def test_an_image_that_ends_early_is_found_out(tmp_path, kind, kept):
+    data = noise(kind)
+    cut = data[: int(len(data) * kept)] if kept > 0 else data[:kept]
+    with pytest.raises(images.BrokenImage) as error:
+        images.inspect(saved(tmp_path / "x", cut))
+    assert (error.value.code, error.value.again) == ("upstream_truncated", True)
+
+
+def test_a_png_with_a_wrong_bit_is_found_out(tmp_path):
+    data = bytearray(noise("PNG"))
+    data[len(data) // 2] ^= 1
+    with pytest.raises(images.BrokenImage):
+        images.inspect(saved(tmp_path / "x", bytes(data)))
+
+
+def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
+    with pytest.raises(images.TooManyPixels) as error:
+        images.inspect(saved(tmp_path / "x", picture("PNG", (4097, 4096))))
+    assert (error.value.code, error.value.again) == ("image_too_large", False)
+    assert images.inspect(saved(tmp_path / "y", picture("PNG", (4096, 4096)))).width == 4096
+
+
+def test_a_decompression_bomb_is_only_too_large(tmp_path):
+    data = picture("PNG", (20000, 20000))
+    with pytest.raises(images.TooManyPixels):
+        images.inspect(saved(tmp_path / "x", data))
+
+
+def test_only_one_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x", picture())
+    decode, inside, most = images._decode, [], []
+
+    def watched(*args):
+        inside.append(1)
+        most.append(len(inside))
+        try:
+            return decode(*args)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(images, "_decode", watched)
+    threads = [threading.Thread(target=images.inspect, args=(path,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 8
+
+
+def test_a_whole_image_gets_its_final_name(tmp_path):
+    part = saved(tmp_path / ".t.part", picture("WEBP"))
+    path, image = images.keep(part, tmp_path / "t")
+    assert path == tmp_path / "t.webp"
+    assert [file.name for file in tmp_path.iterdir()] == ["t.webp"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == image.sha256
+
+
+def test_a_broken_image_gets_no_final_name(tmp_path):
+    part = saved(tmp_path / ".t.part", picture("PNG")[:-5])
+    with pytest.raises(images.BrokenImage):
+        images.keep(part, tmp_path / "t")
+    assert [file.name for file in tmp_path.iterdir()] == [".t.part"]
+
+
+def test_a_name_that_is_not_on_disk_is_taken_back(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(images, "_sync_folder", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        images.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_read_is_not_called_broken(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        images.inspect(tmp_path / "none")

@@ -1,0 +1,210 @@
+"""Servers that stand in for Chutes in the tests: one that behaves, one that does as it is told."""
+
+import io
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from PIL import Image
+
+
+def picture(kind="PNG", size=(64, 48), colour="teal"):
+    """Return the bytes of a real image."""
+    out = io.BytesIO()
+    Image.new("RGB", size, colour).save(out, kind)
+    return out.getvalue()
+
+
+class Answer:
+    """What to answer: by default a picture, in chunks, as Chutes does."""
+
+    def __init__(self, status=200, body=None, headers=None):
+        self.status = status
+        self.body = picture() if body is None else body
+        self.headers = headers or {}
+
+
+def refusal(status, detail, **headers):
+    """Return an answer as Chutes' gateway gives it."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Answer(
+        status,
+        json.dumps({"detail": detail}).encode(),
+        {"Content-Type": "application/json", **named},
+    )
+
+
+class Upstream(ThreadingHTTPServer):
+    """Answer each call with `decide(fields)`, while `gate` is open, and keep the books."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, port=0):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.decide = lambda fields: Answer()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.calls = []
+        self.times = []
+        self.headers = []
+        self.cut = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self.changed = threading.Condition()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/generate"
+
+    def prompts(self):
+        return [fields["prompt"] for fields in self.calls]
+
+    def handle_error(self, request, client_address):
+        """Stay silent: clients that go away are what the tests are about."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        books = self.server
+        fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with books.changed:
+            books.calls.append(fields)
+            books.times.append(time.time())
+            books.headers.append((self.path, dict(self.headers)))
+            books.at_once += 1
+            books.most_at_once = max(books.most_at_once, books.at_once)
+            books.changed.notify_all()
+        try:
+            while not books.gate.wait(0.02):
+                if self._is_gone():
+                    with books.changed:
+                        books.cut.append(fields["prompt"])
+                        books.changed.notify_all()
+                    return
+            self._send(books.decide(fields))
+        finally:
+            with books.changed:
+                books.at_once -= 1
+                books.changed.notify_all()
+
+    def _is_gone(self):
+        self.connection.setblocking(False)
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        finally:
+            self.connection.setblocking(True)
+
+    def _send(self, answer):
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(answer.body), 65536):
+            piece = answer.body[start : start + 65536]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\n\r\n")
+
+    def log_message(self, *values):
+        pass
+
+
+@contextmanager
+def serving(server):
+    """Serve in a thread until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        if isinstance(server, Upstream):
+            server.gate.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def raw_server(script):
+    """Accept connections on loopback and run `script(connection)` for each, in a thread.
+
+    The request is read before the script runs. Yields the address for CHUTES_API_URL.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    threads = []
+
+    def talk(connection):
+        with connection, suppress(OSError):
+            read_request(connection)
+            script(connection)
+
+    def accept():
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threads.append(threading.Thread(target=talk, args=(connection,), daemon=True))
+            threads[-1].start()
+
+    acceptor = threading.Thread(target=accept)
+    acceptor.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        acceptor.join()
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive(), "the client has not let go of the connection"
+
+
+def read_request(connection):
+    """Read one request with a body of known length."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _more(connection)
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(
+        int(line.split(b":")[1])
+        for line in head.split(b"\r\n")
+        if line.lower().startswith(b"content-length")
+    )
+    while len(body) < length:
+        body += _more(connection)
+    return head, body
+
+
+def _more(connection):
+    data = connection.recv(65536)
+    if not data:
+        raise ConnectionResetError("the client went away")
+    return data
+
+
+def until_gone(connection, send=b"", every=0.05):
+    """Send the bytes again and again, or nothing, until the client hangs up."""
+    connection.settimeout(every)
+    while True:
+        if send:
+            connection.sendall(send)
+        with suppress(TimeoutError):
+            if connection.recv(1) == b"":
+                return
+
+
+def closed_port():
+    """Return a port on loopback where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

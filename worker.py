@@ -1,0 +1,420 @@
+"""The queue: which process runs it, what runs next, and how an attempt ends."""
+
+import fcntl
+import functools
+import logging
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import chutes
+import db
+import images
+from chutes import ChutesError, Cut, Line, Remedy, Reply
+from config import Config
+from db import Call, Database, DatabaseError, NewHold, Standing, Task
+
+LOOK_SECONDS = 0.02
+MAX_BACKOFF = 300.0
+# A call reaches Chutes a little after it was claimed, and not always equally late.
+RATE_MARGIN = 0.25
+_CUT_SECONDS = 5.0
+_STORAGE_LOOK_SECONDS = 1.0
+
+log = logging.getLogger("worker")
+
+
+class Worker:
+    """Run the queue of this database, in whichever process holds its lock.
+
+    The database is the queue; the threads of the pool are only hands, and never hold more
+    than CONCURRENCY tasks. The process that has the lock (flock on a file beside the
+    database, for life) is the only one that makes calls, so that every task it finds
+    under way when it begins is an orphan. The others stand by and take over at once.
+    `start` begins a thread, which `stop` ends; it owns the pool and the lock.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        database: Database,
+        client: Any,
+        clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = random.random,
+    ):
+        self._config = config
+        self._db = database
+        self._chutes = client
+        self._clock = clock
+        self._jitter = jitter
+        self._wake = threading.Event()
+        self._draining = False
+        self._lines: dict[str, Line] = {}
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._next_look = 0.0
+        self._over = threading.Event()
+
+    def start(self, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Stand by for the queue, and run it when its lock is free; once, however often called.
+
+        When `wanted` says no, this drains: it is asked before every claim.
+        """
+        with self._starting:
+            if self._thread is None:
+                self._wanted = wanted
+                self._thread = threading.Thread(target=self._run, name="queue")
+                self._thread.start()
+
+    def wake(self) -> None:
+        """Look for a task at once instead of in a few milliseconds."""
+        self._wake.set()
+
+    def drain(self) -> None:
+        """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cut them.
+
+        Safe in a signal handler. What is cut goes back to pending, and does not count.
+        """
+        self._draining = True
+
+    def stop(self) -> None:
+        """Drain, and return when no call is under way and the lock is free for others."""
+        self.drain()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with _QueueLock(self._config.database_path) as lock:
+            while not lock.acquire():
+                if self._should_drain():
+                    return
+                self._wake.wait(LOOK_SECONDS)
+            log.info("this process runs the queue")
+            with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
+                self._insist(self._recover)
+                while not self._should_drain():
+                    self._turn(pool)
+                self._finish()
+
+    def _should_drain(self) -> bool:
+        if not self._draining and not self._wanted():
+            self.drain()
+        return self._draining
+
+    def _turn(self, pool: ThreadPoolExecutor) -> None:
+        self._wake.clear()
+        try:
+            self._expire()
+            while self._has_room() and not self._should_drain() and self._start_one(pool):
+                pass
+        except DatabaseError as error:
+            log.error("the queue waits for its database: %s", error)
+            self._wake.wait(1)
+        except Exception:
+            log.exception("a defect in the queue; it goes on in a second")
+            self._wake.wait(1)
+        self._wake.wait(LOOK_SECONDS)
+
+    def _has_room(self) -> bool:
+        return len(self._lines) < self._config.concurrency
+
+    def _start_one(self, pool: ThreadPoolExecutor) -> bool:
+        """Claim a task and hand it to the pool; False where none may start now."""
+        now = self._clock()
+        if not self._db.has_work(now) or self._rate_limited(now) or self._disk_is_full(now):
+            return False
+        task = self._db.claim(now)
+        if task is None:
+            return False
+        line = self._lines[task.id] = Line()
+        try:
+            pool.submit(self._attempt, task, line)
+        except RuntimeError:  # The interpreter is going down.
+            self._lines.pop(task.id)
+            self.drain()
+            self._db.put_back(task, Call("shutdown"), None, now)
+            return False
+        return True
+
+    def _rate_limited(self, now: float) -> bool:
+        limit = rate_limit(self._config)
+        return limit is not None and self._db.next_start(*limit, now) is not None
+
+    def _disk_is_full(self, now: float) -> bool:
+        """Tell whether a hold for want of room must go on, before a call is paid for."""
+        hold = self._db.hold(db.ALL_MODELS)
+        if not hold or not hold.room or self._free() >= hold.room:
+            return False
+        self._db.delay_hold(db.ALL_MODELS, now + _STORAGE_LOOK_SECONDS)
+        return True
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self._config.output_dir).free
+
+    def _expire(self) -> None:
+        """Fail what has waited too long; once a second, in steps."""
+        now = self._clock()
+        if not self._config.task_ttl or now < self._next_look:
+            return
+        error = f"The task waited longer than {self._config.task_ttl} seconds (TASK_TTL)"
+        if expired := self._db.expire(now - self._config.task_ttl, error, now):
+            log.info("tasks expired", extra={"count": expired})
+        else:
+            self._next_look = now + 1
+
+    def _attempt(self, task: Task, line: Line) -> None:
+        """Make one call for the task and write down how it ended; runs in the pool."""
+        part = self._config.output_dir / f".{task.id}.part"
+        began = time.monotonic()
+        try:
+            end = self._try(task, part, line)
+        except Exception as error:
+            log.exception("a defect of this server", extra={"task": task.id})
+            message = f"A defect of this server ({type(error).__name__}); its log tells more"
+            end = functools.partial(self._fail, task, "internal", message, Reply())
+        # Before the row: what dies in between is still found as an orphan.
+        part.unlink(missing_ok=True)
+        self._insist(functools.partial(end, time.monotonic() - began))
+        del self._lines[task.id]
+        self._wake.set()
+
+    def _try(self, task: Task, part: Path, line: Line) -> Callable[[float], None]:
+        """Fetch and keep the image; return how the attempt is to be ended, given its seconds."""
+        reply = Reply()
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            reply = self._chutes.generate(task.model, task.prompt, task.params, part, line)
+            path, image = images.keep(part, self._config.output_dir / task.id)
+        except Cut as cut:
+            return functools.partial(self._put_back, task, str(cut), reply, None)
+        except images.ImageError as error:
+            end = self._retry if error.again else self._fail
+            return functools.partial(end, task, error.code, str(error), reply)
+        except ChutesError as error:
+            return self._remedy(task, error)
+        except OSError as error:
+            return self._remedy(task, chutes.disk_error(error, part))
+        return functools.partial(self._complete, task, path, image, reply)
+
+    def _remedy(self, task: Task, error: ChutesError) -> Callable[[float], None]:
+        if error.remedy is Remedy.RETRY:
+            return functools.partial(self._retry, task, error.code, str(error), error.reply)
+        if error.remedy in (Remedy.FAIL, Remedy.PAUSE):
+            pause = error.headline if error.remedy is Remedy.PAUSE else None
+            return functools.partial(
+                self._fail, task, error.code, str(error), error.reply, pause_reason=pause
+            )
+        hold = NewHold(
+            model=task.model if error.remedy is Remedy.HOLD_MODEL else db.ALL_MODELS,
+            reason=error.headline,
+            step=self._config.retry_backoff,
+            most=MAX_BACKOFF,
+            wait=error.wait,
+            room=error.room,
+        )
+        log.warning("%s", error, extra={"task": task.id})
+        return functools.partial(self._put_back, task, error.code, error.reply, hold)
+
+    def _complete(
+        self, task: Task, path: Path, image: images.Image, reply: Reply, seconds: float | None
+    ) -> None:
+        call = self._ended(task, "completed", reply, seconds)
+        if not self._db.complete(task, call, path, image, self._clock()):
+            path.unlink(missing_ok=True)
+
+    def _fail(
+        self,
+        task: Task,
+        code: str,
+        message: str,
+        reply: Reply,
+        seconds: float | None,
+        pause_reason: str | None = None,
+    ) -> None:
+        call = self._ended(task, code, reply, seconds, message)
+        self._db.fail(task, call, code, message, self._clock(), pause_reason)
+        if pause_reason:
+            log.error("the queue pauses itself: %s", pause_reason)
+
+    def _retry(
+        self, task: Task, code: str, message: str, reply: Reply, seconds: float | None
+    ) -> None:
+        attempts = task.attempts + 1
+        if attempts >= self._config.max_attempts:
+            self._fail(task, code, f"{message} (attempt {attempts} of {attempts})", reply, seconds)
+            return
+        call = self._ended(task, code, reply, seconds, message)
+        now = self._clock()
+        wait = backoff(attempts, self._config.retry_backoff, self._jitter())
+        self._db.retry_later(task, call, message, now + wait, now)
+
+    def _put_back(
+        self, task: Task, outcome: str, reply: Reply, hold: NewHold | None, seconds: float | None
+    ) -> None:
+        call = self._ended(task, outcome, reply, seconds)
+        self._db.put_back(task, call, hold, self._clock())
+
+    def _ended(
+        self,
+        task: Task,
+        outcome: str,
+        reply: Reply,
+        seconds: float | None,
+        message: str | None = None,
+    ) -> Call:
+        """Log the one line of an attempt, and return what the database keeps of it."""
+        log.info(
+            "attempt ended",
+            extra={
+                "task": task.id,
+                "call": task.calls,
+                "model": task.model,
+                "outcome": outcome,
+                "status": reply.status,
+                "seconds": seconds and round(seconds, 3),
+                "reason": message,
+            },
+        )
+        return Call(outcome, seconds, reply.status, reply.invocation_id)
+
+    def _insist(self, write: Callable[[], None]) -> None:
+        """Write to the database, again each second until it takes it or the time is over."""
+        while not self._over.is_set():
+            try:
+                return write()
+            except DatabaseError as error:
+                log.error("the queue waits for its database: %s", error)
+            except Exception:
+                log.exception("a defect of this server; what it stopped is tried again")
+            self._over.wait(1)
+
+    def _recover(self) -> None:
+        """Settle what the last process to run the queue left under way, and begin anew."""
+        self._db.begin()
+        for task in self._db.orphans():
+            (self._config.output_dir / f".{task.id}.part").unlink(missing_ok=True)
+            found = self._finished_file(task)
+            if found:
+                self._complete(task, *found, Reply(), None)
+            else:
+                self._interrupted(task)
+
+    def _finished_file(self, task: Task) -> tuple[Path, images.Image] | None:
+        for extension in images.EXTENSIONS:
+            path = self._config.output_dir / f"{task.id}.{extension}"
+            try:
+                return path, images.inspect(path)
+            except FileNotFoundError:
+                continue
+            except images.ImageError:
+                path.unlink()
+        return None
+
+    def _interrupted(self, task: Task) -> None:
+        message = "The server died while the call to Chutes was under way"
+        attempts = task.attempts + 1
+        if self._config.interrupted == "fail" or attempts >= self._config.max_attempts:
+            advice = f"{message} (attempt {attempts} of {self._config.max_attempts})"
+            self._fail(task, "interrupted", advice, Reply(), None)
+            return
+        call = self._ended(task, "interrupted", Reply(), None, message)
+        self._db.retry_later(task, call, message, None, self._clock())
+
+    def _finish(self) -> None:
+        """Wait for the calls under way, cut them when the grace is over, and wait again."""
+        if self._lines:
+            log.info(
+                "no new calls; waiting for those under way",
+                extra={"calls": len(self._lines), "grace": self._config.shutdown_grace},
+            )
+        self._wait_for_calls(self._config.shutdown_grace)
+        for line in list(self._lines.values()):
+            line.cut("shutdown")
+        self._wait_for_calls(_CUT_SECONDS)
+        self._over.set()
+
+    def _wait_for_calls(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._lines and (left := deadline - time.monotonic()) > 0:
+            self._wake.wait(min(left, LOOK_SECONDS))
+            self._wake.clear()
+
+
+class _QueueLock:
+    """The right to run the queue: a kernel lock that any death frees and any freeze keeps."""
+
+    def __init__(self, database_path: Path):
+        self._path = f"{database_path}.queue"
+
+    def __enter__(self) -> "_QueueLock":
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._file)
+
+    def acquire(self) -> bool:
+        """Take the lock if it is free, and tell whether this process has it."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def backoff(attempts: int, base: float, jitter: float) -> float:
+    """Return the seconds before the next attempt: four times more each, up to MAX_BACKOFF.
+
+    `jitter`, 0 to 1, makes it up to a quarter longer, never shorter.
+    """
+    return min(MAX_BACKOFF, base * 4.0 ** (attempts - 1) * (1 + jitter / 4))
+
+
+def rate_limit(config: Config) -> tuple[int, float] | None:
+    """Return the rate limit as calls and seconds, with a margin that keeps it for Chutes."""
+    limit = config.rate_limit
+    return limit and (limit.count, limit.seconds + RATE_MARGIN)
+
+
+def waiting_for(task: Task, standing: Standing, config: Config, now: float) -> str:
+    """Say what a pending task waits for: the first thing that would have to change."""
+    if standing.paused:
+        reason = standing.pause_reason
+        return f"the queue is paused: {reason}" if reason else "the queue is paused"
+    for hold in standing.holds:
+        if hold.probe:
+            return f"{hold.reason}; one task is trying now"
+        dated = hold.model == db.ALL_MODELS
+        return f"{hold.reason}; next try at {_clock_time(hold.until, now, dated)}"
+    if task.not_before:
+        return (
+            f"attempt {task.attempts + 1} of {config.max_attempts} "
+            f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"
+        )
+    if standing.next_start:
+        limit = config.rate_limit
+        return (
+            f"the rate limit of {limit.count} in {limit.seconds:g} s; "
+            f"next start at {_clock_time(standing.next_start, now)}"
+        )
+    if standing.ahead > db.POSITIONS:
+        return f"more than {db.POSITIONS} tasks ahead"
+    if standing.ahead:
+        return f"{standing.ahead} task{'s' if standing.ahead > 1 else ''} ahead"
+    if standing.processing >= config.concurrency:
+        return f"all {config.concurrency} places are busy"
+    return "it is about to start"
+
+
+def _clock_time(when: float, now: float, dated: bool = False) -> str:
+    """Write a time of today as its hour, of another day with its date."""
+    moment, today = datetime.fromtimestamp(when, UTC), datetime.fromtimestamp(now, UTC)
+    dated = dated or moment.date() != today.date()
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC" if dated else "%H:%M:%S UTC")
