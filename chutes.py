@@ -124,10 +124,13 @@ class Line:
     def close(self) -> None:
         """Forget the connection and the time: nothing will be cut any more."""
         with self._lock:
+            timer = self._timer
             self._cancel()
             if self._socket:
                 self._socket.close()
                 self._socket = None
+        if timer:
+            timer.join()
 
     def _cancel(self) -> None:
         if self._timer:

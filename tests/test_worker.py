@@ -1,0 +1,632 @@
+"""The queue in one process: what runs when, and how every attempt ends."""
+
+import itertools
+import os
+import threading
+import uuid
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from conftest import Clock, wait_until
+from upstream import Answer, closed_port, picture, raw_server, refusal
+
+import images
+import worker as queue
+from chutes import Chutes
+from db import ALL_MODELS, Call, Database, DatabaseError, Hold, Standing
+from worker import Worker, backoff, waiting_for
+
+
+class Queue:
+    """A worker, its database and an upstream, under a clock that a test turns."""
+
+    def __init__(self, config, upstream, clock):
+        config.output_dir.mkdir(exist_ok=True)
+        self.config = config
+        self.upstream = upstream
+        self.clock = clock
+        self.db = Database(config.database_path)
+        self.worker = Worker(config, self.db, Chutes(config, clock), clock, lambda: 0.0)
+
+    def add(self, prompt="p", model="m", priority=0):
+        task_id = str(uuid.uuid4())
+        self.db.add(task_id, prompt, model, {}, priority, self.clock())
+        self.worker.wake()
+        return task_id
+
+    def start(self):
+        self.worker.start()
+        return self
+
+    def task(self, task_id):
+        return self.db.get(task_id)
+
+    def until(self, task_id, **wanted):
+        """Wait until the task's attributes are these, and return it."""
+
+        def look():
+            task = self.task(task_id)
+            return all(getattr(task, k) == v for k, v in wanted.items()) and task
+
+        return wait_until(look, what=f"{self.task(task_id)} did not become {wanted}")
+
+    def ended(self, task_id):
+        return wait_until(lambda: self.task(task_id).finished_at and self.task(task_id))
+
+    def waits(self, task_id):
+        task = self.task(task_id)
+        limit = queue.rate_limit(self.config)
+        standing = self.db.standing(task, limit, self.clock())
+        return waiting_for(task, standing, self.config, self.clock())
+
+    def files(self):
+        return sorted(file.name for file in self.config.output_dir.iterdir())
+
+    def outcomes(self):
+        with self.db._read() as connection:
+            sql = "SELECT outcome FROM calls ORDER BY started, number"
+            return [row[0] for row in connection.execute(sql).fetchall()]
+
+    def close(self):
+        self.worker.stop()
+        self.db.close()
+
+
+@pytest.fixture
+def make(configure, upstream):
+    made = []
+
+    def build(clock=None, **values):
+        values = {"CHUTES_API_URL": upstream.url, "SHUTDOWN_GRACE": 0, **values}
+        made.append(Queue(configure(**values), upstream, clock or Clock()))
+        return made[-1]
+
+    yield build
+    for built in made:
+        built.close()
+
+
+# What runs
+
+
+def test_no_more_than_concurrency_at_once_and_no_fewer(make, upstream):
+    upstream.gate.clear()
+    q = make(CONCURRENCY=3).start()
+    ids = [q.add() for _ in range(9)]
+    wait_until(lambda: upstream.at_once == 3)
+    upstream.gate.set()
+    for task_id in ids:
+        q.until(task_id, status="completed")
+    assert upstream.most_at_once == 3
+    assert len(upstream.calls) == 9
+
+
+def test_the_pool_never_holds_what_it_does_not_run(make, upstream):
+    upstream.gate.clear()
+    q = make(CONCURRENCY=2).start()
+    for _ in range(50):
+        q.add()
+    wait_until(lambda: upstream.at_once == 2)
+    assert len(q.worker._lines) == 2
+    assert len(q.db.orphans()) == 2
+
+
+def test_first_in_first_out(make, upstream):
+    q = make(CONCURRENCY=1)
+    ids = [q.add(f"p{n}") for n in range(10)]
+    q.start()
+    q.until(ids[-1], status="completed")
+    assert upstream.prompts() == [f"p{n}" for n in range(10)]
+
+
+def test_the_rate_limit_holds_over_a_restart(make, upstream):
+    clock = Clock()
+    q = make(clock, RATE_LIMIT="2/60").start()
+    ids = [q.add() for _ in range(5)]
+    for task_id in ids[:2]:
+        q.until(task_id, status="completed")
+    assert q.waits(ids[2]).startswith("the rate limit of 2 in 60 s; next start at ")
+    q.worker.stop()
+    again = make(clock, RATE_LIMIT="2/60").start()
+    clock.now += 59
+    assert not steady(lambda: len(upstream.calls) > 2)
+    clock.now += 2
+    for task_id in ids[2:4]:
+        again.until(task_id, status="completed")
+    assert not steady(lambda: len(upstream.calls) > 4)
+
+
+def steady(fact, looks=20):
+    """Look again for as many turns of the queue as would let it happen."""
+    return any(fact() or threading.Event().wait(queue.LOOK_SECONDS) for _ in range(looks))
+
+
+# How an attempt ends
+
+
+def test_a_spoiled_image_is_tried_again_and_then_failed(make, upstream, tmp_path):
+    upstream.decide = lambda fields: Answer(body=picture("JPEG", (200, 200))[:-50])
+    q = make(MAX_ATTEMPTS=2, RETRY_BACKOFF=7).start()
+    task_id = q.add()
+    task = q.until(task_id, attempts=1)
+    assert (task.status, task.not_before) == ("pending", q.clock.now + 7)
+    assert q.waits(task_id).startswith("attempt 2 of 2 at ")
+    assert q.waits(task_id).endswith(", after: The image ended early")
+    q.clock.now += 7
+    task = q.ended(task_id)
+    assert (task.error_code, task.attempts) == ("upstream_truncated", 2)
+    assert task.error == "The image ended early (attempt 2 of 2)"
+    assert q.files() == []
+    assert len(upstream.calls) == 2
+
+
+ATTEMPTS = {
+    "upstream_error": lambda fields: refusal(500, "exhausted all available targets to no avail"),
+    "not_an_image": lambda fields: Answer(body=b'{"images": []}'),
+    "upstream_truncated": lambda fields: Answer(body=picture()[:-9]),
+}
+
+
+@pytest.mark.parametrize("code", ATTEMPTS)
+def test_a_fault_that_may_pass_is_tried_max_attempts_times(make, upstream, code):
+    upstream.decide = ATTEMPTS[code]
+    q = make(RETRY_BACKOFF=0.01, clock=None, MAX_ATTEMPTS=3)
+    task_id = q.add()
+    q.start()
+    for attempts in (1, 2):
+        q.until(task_id, attempts=attempts)
+        q.clock.now += 1
+    task = q.ended(task_id)
+    assert (task.status, task.error_code, task.attempts) == ("failed", code, 3)
+    assert len(upstream.calls) == 3
+    assert q.outcomes() == [code] * 3
+
+
+def test_the_second_attempt_may_succeed(make, upstream):
+    answers = iter([refusal(500, "no"), Answer()])
+    upstream.decide = lambda fields: next(answers)
+    q = make().start()
+    task_id = q.add()
+    q.until(task_id, attempts=1)
+    q.clock.now += 5
+    task = q.until(task_id, status="completed")
+    assert (task.attempts, task.error, task.error_code) == (2, None, None)
+
+
+def test_a_timeout_counts_as_an_attempt(make, upstream):
+    upstream.gate.clear()
+    q = make(TASK_TIMEOUT=1, MAX_ATTEMPTS=1).start()
+    task = q.ended(q.add())
+    assert (task.error_code, task.attempts) == ("upstream_timeout", 1)
+    assert task.error == "No whole image came within 1 seconds (attempt 1 of 1)"
+
+
+def test_a_connection_broken_after_sending_counts_as_an_attempt(make):
+    with raw_server(lambda connection: None) as url:
+        q = make(CHUTES_API_URL=url, MAX_ATTEMPTS=1).start()
+        assert q.ended(q.add()).error_code == "upstream_error"
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_a_refusal_for_good_fails_at_once_in_chutes_own_words(make, upstream, status):
+    upstream.decide = lambda fields: refusal(status, "in its own words")
+    q = make().start()
+    task = q.ended(q.add())
+    assert (task.error_code, task.attempts) == ("upstream_rejected", 1)
+    assert task.error == f"Chutes refused the request ({status}): in its own words"
+    assert len(upstream.calls) == 1
+
+
+def test_too_large_an_image_is_not_tried_again(make, upstream):
+    upstream.decide = lambda fields: Answer(body=picture("PNG", (4097, 4096)))
+    q = make().start()
+    assert q.ended(q.add()).error_code == "image_too_large"
+    upstream.decide = lambda fields: Answer(body=os.urandom(1024 * 1024 + 1))
+    q.worker.stop()
+    q = make(MAX_IMAGE_MB=1).start()
+    assert q.ended(q.add()).error_code == "image_too_large"
+    assert len(upstream.calls) == 2
+    assert q.files() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "detail", "code", "reason"),
+    [
+        (401, "Invalid token.", "upstream_auth", "Chutes refused the API token (401)"),
+        (402, "Please add balance.", "upstream_payment", "Chutes wants payment (402)"),
+    ],
+)
+def test_a_refused_token_or_an_empty_account_burns_no_thousand_tasks(
+    make, upstream, status, detail, code, reason
+):
+    upstream.decide = lambda fields: refusal(status, detail)
+    q = make(CONCURRENCY=1)
+    ids = [q.add() for _ in range(5)]
+    q.start()
+    task = q.ended(ids[0])
+    assert (task.status, task.error_code) == ("failed", code)
+    assert q.waits(ids[1]) == f"the queue is paused: {reason}"
+    assert not steady(lambda: len(upstream.calls) > 1)
+    q.worker.stop()
+    upstream.decide = lambda fields: Answer()
+    make(q.clock).start().until(ids[4], status="completed")
+
+
+def test_a_model_the_token_may_not_use_fails_its_task_only(make, upstream):
+    upstream.decide = lambda f: refusal(403, "no") if f["model"] == "x" else Answer()
+    q = make().start()
+    assert q.ended(q.add(model="x")).error_code == "upstream_auth"
+    q.until(q.add(), status="completed")
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504, 520, 522, 524])
+def test_a_model_without_capacity_is_held_and_the_others_go_on(make, upstream, status):
+    busy = [True]
+    upstream.decide = lambda f: refusal(status, "later") if f["model"] == "x" and busy else Answer()
+    q = make(CONCURRENCY=2, RETRY_BACKOFF=5).start()
+    held = [q.add(model="x") for _ in range(4)]
+    q.until(q.add(), status="completed")
+    wait_until(lambda: q.db.hold("x"))
+    q.until(q.add(), status="completed")
+    assert "for x" in q.waits(held[3]) and "; next try at " in q.waits(held[3])
+    made = upstream.prompts().count("p")
+    q.clock.now += 5
+    wait_until(lambda: q.db.hold("x").until > q.clock.now)
+    assert upstream.prompts().count("p") == made + 1, "one probe, and no more"
+    assert [q.task(task_id).attempts for task_id in held] == [0] * 4
+    busy.clear()
+    q.clock.now += 10
+    for task_id in held:
+        assert q.until(task_id, status="completed").attempts == 1
+    assert q.db.hold("x") is None
+
+
+def test_a_hold_says_that_there_is_no_free_capacity(make, upstream):
+    upstream.decide = lambda fields: refusal(429, "Infrastructure is at maximum capacity")
+    q = make(clock=Clock(datetime(2026, 5, 27, 12, 3, 5, tzinfo=UTC).timestamp())).start()
+    task_id = q.add(model="qwen-image")
+    wait_until(lambda: q.db.hold("qwen-image"))
+    words = "Chutes has no free capacity for qwen-image; next try at 12:03:10 UTC"
+    assert q.waits(task_id) == words
+
+
+def test_retry_after_is_honoured(make, upstream):
+    upstream.decide = lambda fields: refusal(503, "later", Retry_After="100")
+    q = make().start()
+    q.add()
+    assert wait_until(lambda: q.db.hold("m")).until == q.clock.now + 100
+
+
+def test_a_used_up_quota_holds_all_until_its_reset(make, upstream):
+    q = make(clock=Clock(datetime(2026, 5, 27, 20, 0, tzinfo=UTC).timestamp()), CONCURRENCY=1)
+    detail = {"message": "Quota", "quota_reset_timestamp": "2026-05-28T00:00:00+00:00"}
+    upstream.decide = lambda fields: refusal(402, detail)
+    ids = [q.add(model=model) for model in ("x", "y")]
+    q.start()
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    words = "Chutes' daily quota is used up; next try at 2026-05-28 00:00:00 UTC"
+    assert [q.waits(task_id) for task_id in ids] == [words, words]
+    q.clock.now += timedelta(hours=4).total_seconds() - 1
+    assert not steady(lambda: len(upstream.calls) > 1)
+    upstream.decide = lambda fields: Answer()
+    q.clock.now += 1
+    for task_id in ids:
+        assert q.until(task_id, status="completed").attempts == 1
+
+
+def test_nothing_listening_holds_the_model_and_counts_no_attempt(make):
+    q = make(CHUTES_API_URL=f"http://127.0.0.1:{closed_port()}/generate").start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold("m"))
+    task = q.until(task_id, status="pending")
+    assert (task.attempts, q.outcomes()) == (0, ["unavailable"])
+    assert "cannot be reached for m (Connection refused)" in q.waits(task_id)
+
+
+def test_no_room_on_the_disk_holds_the_queue_until_there_is(make, upstream, monkeypatch):
+    room = [0]
+    full = OSError(28, "No space left on device")
+    sync = os.fsync
+    monkeypatch.setattr("chutes.os.fsync", lambda f: sync(f) if room[0] else raising(full))
+    monkeypatch.setattr(Worker, "_free", lambda self: room[0])
+    q = make(CONCURRENCY=1, RETRY_BACKOFF=5).start()
+    ids = [q.add(), q.add(model="x")]
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    assert q.waits(ids[1]).startswith("There is no room on the disk for the image; next try at ")
+    for _ in range(5):
+        q.clock.now += 60
+        wait_until(lambda: q.db.hold(ALL_MODELS).until > q.clock.now)
+    assert len(upstream.calls) == 1, "nothing is paid for that cannot be stored"
+    room[0] = 10**9
+    q.clock.now += 60
+    for task_id in ids:
+        assert q.until(task_id, status="completed").attempts == 1
+
+
+def raising(error):
+    raise error
+
+
+def test_another_fault_of_the_disk_fails_the_task(make, upstream, monkeypatch):
+    monkeypatch.setattr("chutes.os.fsync", lambda file: raising(OSError(5, "Input/output error")))
+    q = make().start()
+    task = q.ended(q.add())
+    assert task.error_code == "storage"
+    assert "Input/output error" in task.error
+    assert str(q.config.output_dir) in task.error
+
+
+def test_a_folder_that_was_removed_is_made_again(make):
+    q = make()
+    q.config.output_dir.rmdir()
+    q.start()
+    task = q.until(q.add(), status="completed")
+    assert q.files() == [f"{task.id}.png"]
+
+
+def test_a_defect_fails_its_task_and_the_queue_goes_on(make, monkeypatch, caplog):
+    real = Chutes.generate
+    calls = itertools.count()
+    monkeypatch.setattr(
+        Chutes,
+        "generate",
+        lambda self, *args: (
+            raising(ZeroDivisionError("inside")) if next(calls) == 0 else real(self, *args)
+        ),
+    )
+    q = make(CONCURRENCY=1).start()
+    task = q.ended(q.add())
+    assert task.error_code == "internal"
+    assert "log" in task.error and "inside" not in task.error
+    assert "ZeroDivisionError: inside" in caplog.text
+    q.until(q.add(), status="completed")
+
+
+def test_what_waited_too_long_expires(make, upstream):
+    upstream.decide = lambda fields: refusal(503, "later")
+    q = make(TASK_TTL=100).start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold("m"))
+    q.clock.now += 102
+    task = q.ended(task_id)
+    assert (task.error_code, task.attempts) == ("expired", 0)
+    assert "100 seconds" in task.error
+
+
+def test_a_ttl_of_zero_is_for_ever(make, upstream):
+    upstream.decide = lambda fields: refusal(503, "later")
+    q = make(TASK_TTL=0, RETRY_BACKOFF=3600).start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold("m"))
+    q.clock.now += 3000
+    assert not steady(lambda: q.task(task_id).status != "pending")
+
+
+def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream, monkeypatch):
+    q = make()
+    complete, refusals = q.db.complete, [1, 1]
+
+    def flaky(*args):
+        if refusals:
+            refusals.pop()
+            raise DatabaseError("disk is full", full=True)
+        return complete(*args)
+
+    monkeypatch.setattr(q.db, "complete", flaky)
+    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    q.start()
+    q.until(q.add(), status="completed")
+    assert len(upstream.calls) == 1
+
+
+class QuickEvent(threading.Event):
+    def wait(self, timeout=None):
+        return super().wait(0.01)
+
+
+def test_a_picture_that_is_no_longer_wanted_leaves_no_file(make, upstream):
+    upstream.gate.clear()
+    q = make().start()
+    task = q.task(q.add())
+    wait_until(lambda: upstream.at_once)
+    task = q.task(task.id)
+    q.db.fail(task, Call("x"), "canceled", "by hand", q.clock())
+    upstream.gate.set()
+    wait_until(lambda: not q.worker._lines)
+    assert q.files() == []
+    assert q.task(task.id).error_code == "canceled"
+
+
+# A death in the middle: every state that a kill can leave
+
+
+def orphan(q):
+    """Leave a task as a process leaves it that is killed during its call."""
+    task_id = q.add()
+    return q.db.claim(q.clock.now) and task_id
+
+
+def test_an_interrupted_call_counts_and_the_next_follows_at_once(make, upstream):
+    q = make(RETRY_BACKOFF=3600)
+    task_id = orphan(q)
+    (q.config.output_dir / f".{task_id}.part").write_bytes(b"half")
+    task = q.start().until(task_id, status="completed")
+    assert (task.attempts, len(upstream.calls)) == (2, 1)
+    assert q.files() == [f"{task_id}.png"]
+    assert q.outcomes() == ["interrupted", "completed"]
+
+
+def test_an_interrupted_call_may_be_told_to_fail(make, upstream):
+    q = make(INTERRUPTED="fail")
+    task_id = orphan(q)
+    task = q.start().ended(task_id)
+    assert (task.status, task.error_code) == ("failed", "interrupted")
+    assert upstream.calls == []
+
+
+def test_an_interrupted_last_attempt_fails(make, upstream):
+    q = make(MAX_ATTEMPTS=1)
+    task_id = orphan(q)
+    task = q.start().ended(task_id)
+    assert (task.status, task.error_code, task.attempts) == ("failed", "interrupted", 1)
+    assert upstream.calls == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("interrupted", ["retry", "fail"])
+def test_a_finished_file_completes_its_task_without_a_call(make, upstream, kind, interrupted):
+    q = make(INTERRUPTED=interrupted)
+    task_id = orphan(q)
+    extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
+    path = q.config.output_dir / f"{task_id}.{extension}"
+    path.write_bytes(picture(kind))
+    task = q.start().until(task_id, status="completed")
+    assert (task.file_path, task.sha256) == (str(path), images.inspect(path).sha256)
+    assert upstream.calls == []
+
+
+def test_a_torn_file_with_a_final_name_is_removed(make, upstream):
+    q = make()
+    task_id = orphan(q)
+    (q.config.output_dir / f"{task_id}.webp").write_bytes(picture("WEBP")[:-9])
+    q.start().until(task_id, status="completed")
+    assert q.files() == [f"{task_id}.png"]
+    assert len(upstream.calls) == 1
+
+
+# Stopping
+
+
+def test_a_call_that_ends_within_the_grace_is_kept(make, upstream):
+    upstream.gate.clear()
+    q = make(SHUTDOWN_GRACE=30).start()
+    running = [q.add(), q.add()]
+    wait_until(lambda: upstream.at_once == 2)
+    q.worker.drain()
+    later = q.add()
+    assert not steady(lambda: len(upstream.calls) > 2)
+    upstream.gate.set()
+    q.worker.stop()
+    assert [q.task(task_id).status for task_id in running] == ["completed"] * 2
+    assert q.task(later).status == "pending"
+
+
+@pytest.mark.parametrize("interrupted", ["retry", "fail"])
+def test_a_call_cut_when_the_grace_is_over_goes_back_uncounted(make, upstream, interrupted):
+    upstream.gate.clear()
+    q = make(SHUTDOWN_GRACE=0.1, INTERRUPTED=interrupted, MAX_ATTEMPTS=1).start()
+    task_id = q.add()
+    wait_until(lambda: upstream.at_once)
+    q.worker.stop()
+    task = q.task(task_id)
+    assert (task.status, task.attempts, task.not_before) == ("pending", 0, None)
+    assert q.outcomes() == ["shutdown"]
+    assert q.files() == []
+
+
+def test_stopping_ends_every_thread_and_frees_the_lock(make):
+    before = threading.active_count()
+    first = make().start()
+    first.until(first.add(), status="completed")
+    first.worker.stop()
+    assert threading.active_count() <= before + 1  # The upstream's own.
+    second = make().start()
+    second.until(second.add(), status="completed")
+
+
+def test_a_stopped_worker_does_not_start_again(make, upstream):
+    q = make().start()
+    q.worker.stop()
+    q.worker.start()
+    q.add()
+    assert not steady(lambda: upstream.calls)
+
+
+def test_only_one_worker_runs_the_queue_and_another_takes_over(make, upstream):
+    upstream.gate.clear()
+    first = make(CONCURRENCY=2, SHUTDOWN_GRACE=0)
+    ids = [first.add() for _ in range(6)]
+    first.start()
+    wait_until(lambda: upstream.at_once == 2)
+    second = make(first.clock, CONCURRENCY=2).start()
+    assert not steady(lambda: len(upstream.calls) > 2)
+    first.worker.stop()
+    upstream.gate.set()
+    for task_id in ids:
+        second.until(task_id, status="completed")
+    assert upstream.most_at_once <= 4
+    assert len(upstream.calls) == 8, "two were cut, and made again"
+
+
+def test_it_drains_as_soon_as_it_is_no_longer_wanted(make, upstream):
+    wanted = [True]
+    q = make()
+    q.worker.start(lambda: bool(wanted))
+    q.until(q.add(), status="completed")
+    wanted.clear()
+    q.add()
+    q.worker._thread.join(10)
+    assert not q.worker._thread.is_alive()
+    assert len(upstream.calls) == 1
+
+
+# Words and numbers
+
+
+@pytest.mark.parametrize(
+    ("attempts", "seconds"), [(1, 5), (2, 20), (3, 80), (4, 300), (5, 300), (100, 300)]
+)
+def test_the_backoff_grows_fourfold_to_300_seconds(attempts, seconds):
+    assert backoff(attempts, 5, 0) == seconds
+    assert seconds <= backoff(attempts, 5, 1) <= min(300, seconds * 1.25)
+
+
+def test_jitter_makes_it_longer(make):
+    assert backoff(1, 4, 1) == 5
+
+
+def reason(q, task, **values):
+    standing = Standing(0, 0, False, None, (), None)
+    return waiting_for(task, replace(standing, **values), q.config, q.clock())
+
+
+def test_the_first_thing_that_would_have_to_change_is_named(make, clock):
+    q = make(clock=clock, CONCURRENCY=4, RATE_LIMIT="60/60")
+    soon = clock.now + 60
+    task = replace(q.task(q.add()), not_before=soon, attempts=1, last_error="it broke")
+    holds = (Hold(ALL_MODELS, "Chutes' daily quota is used up", soon, 5, 0, None),)
+    facts = {
+        "paused": True,
+        "pause_reason": "Chutes refused the API token (401)",
+        "holds": holds,
+        "next_start": soon,
+        "ahead": 2,
+        "processing": 4,
+    }
+    said = [reason(q, task, **facts)]
+    facts["pause_reason"] = None
+    said.append(reason(q, task, **facts))
+    facts["paused"] = False
+    said.append(reason(q, task, **facts))
+    facts["holds"] = ()
+    said.append(reason(q, task, **facts))
+    task = replace(task, not_before=None)
+    said.append(reason(q, task, **facts))
+    facts["next_start"] = None
+    said.append(reason(q, task, **facts))
+    facts["ahead"] = 1001
+    said.append(reason(q, task, **facts))
+    facts["ahead"] = 0
+    said.append(reason(q, task, **facts))
+    at = datetime.fromtimestamp(soon, UTC)
+    assert said == [
+        "the queue is paused: Chutes refused the API token (401)",
+        "the queue is paused",
+        f"Chutes' daily quota is used up; next try at {at:%Y-%m-%d %H:%M:%S} UTC",
+        f"attempt 2 of 3 at {at:%H:%M:%S} UTC, after: it broke",
+        f"the rate limit of 60 in 60 s; next start at {at:%H:%M:%S} UTC",
+        "2 tasks ahead",
+        "more than 1000 tasks ahead",
+        "all 4 places are busy",
+    ]
