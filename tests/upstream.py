@@ -52,13 +52,19 @@ class Upstream(ThreadingHTTPServer):
         self.times = []
         self.headers = []
         self.cut = []
-        self.at_once = 0
+        self.under_way = []
         self.most_at_once = 0
-        self.changed = threading.Condition()
+        self.changed = threading.RLock()
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_address[1]}/generate"
+
+    @property
+    def at_once(self):
+        """Count the calls under way whose client is still there."""
+        with self.changed:
+            return sum(not call.is_gone() for call in self.under_way)
 
     def prompts(self):
         return [fields["prompt"] for fields in self.calls]
@@ -77,32 +83,31 @@ class _Handler(BaseHTTPRequestHandler):
             books.calls.append(fields)
             books.times.append(time.time())
             books.headers.append((self.path, dict(self.headers)))
-            books.at_once += 1
+            books.under_way.append(self)
             books.most_at_once = max(books.most_at_once, books.at_once)
-            books.changed.notify_all()
         try:
             while not books.gate.wait(0.02):
-                if self._is_gone():
-                    with books.changed:
-                        books.cut.append(fields["prompt"])
-                        books.changed.notify_all()
+                if self.is_gone():
+                    books.cut.append(fields["prompt"])
                     return
-            self._send(books.decide(fields))
+            answer = books.decide(fields)
+            with books.changed:
+                books.under_way.remove(self)
+            self._send(answer)
         finally:
             with books.changed:
-                books.at_once -= 1
-                books.changed.notify_all()
+                if self in books.under_way:
+                    books.under_way.remove(self)
 
-    def _is_gone(self):
-        self.connection.setblocking(False)
+    def is_gone(self):
+        """Tell whether the client has closed the connection."""
         try:
-            return self.connection.recv(1, socket.MSG_PEEK) == b""
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return self.connection.recv(1, flags) == b""
         except BlockingIOError:
             return False
         except OSError:
             return True
-        finally:
-            self.connection.setblocking(True)
 
     def _send(self, answer):
         self.send_response(answer.status)

@@ -1,0 +1,452 @@
+"""Real gunicorn processes, killed, stopped, told and reloaded, while the upstream counts."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TOKEN, wait_until
+from PIL import Image
+from server import Server, alive, checkout, memory
+from upstream import Answer, closed_port
+
+from db import Database
+
+
+@pytest.fixture
+def start(tmp_path, upstream):
+    """Return a maker of servers that share one folder, one database and one upstream."""
+    made = []
+
+    def make(**values):
+        values = {"CONCURRENCY": 3, "RETRY_BACKOFF": 0.05, **values}
+        made.append(Server(tmp_path / "server", upstream.url, **values))
+        return made[-1].ready()
+
+    yield make
+    upstream.gate.set()
+    for server in made:
+        server.close()
+
+
+def submit(server, count):
+    return [server.submit(f"p{n}") for n in range(count)]
+
+
+def all_completed(server, ids):
+    tasks = server.all_end(ids)
+    assert {task["status"] for task in tasks} == {"completed"}, tasks
+    server.check_files(tasks)
+    return tasks
+
+
+def test_kill_9_of_the_process_that_runs_the_queue(start, upstream):
+    server = start()
+    runner = server.running()
+    upstream.gate.clear()
+    ids = submit(server, 8)
+    wait_until(lambda: upstream.at_once == 3)
+    server.send(signal.SIGKILL, runner)
+    wait_until(lambda: len(upstream.calls) == 6, what="the standby did not take over")
+    upstream.gate.set()
+    tasks = all_completed(server, ids)
+    assert sorted(task["attempts"] for task in tasks) == [1] * 5 + [2] * 3
+    assert len(upstream.calls) == 8 + 3, "only what was cut is called again"
+    assert upstream.most_at_once == 3
+    assert server.running() != runner
+
+
+def test_kill_9_of_the_master(start, upstream):
+    server = start()
+    runner = server.running()
+    upstream.gate.clear()
+    ids = submit(server, 8)
+    wait_until(lambda: upstream.at_once == 3)
+    server.send(signal.SIGKILL)
+    server.process.wait()
+    successor = start()
+    late = successor.submit("late")
+    assert alive(runner), "its calls have their grace"
+    upstream.gate.set()
+    tasks = all_completed(successor, [*ids, late])
+    assert [task["attempts"] for task in tasks] == [1] * 9
+    assert len(upstream.calls) == 9, "no live call was made again"
+    assert upstream.most_at_once == 3
+    wait_until(lambda: not alive(runner))
+
+
+def test_the_orphans_of_a_killed_master_claim_nothing_more(start, upstream):
+    server = start(CONCURRENCY=1)
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 3)
+    wait_until(lambda: upstream.at_once == 1)
+    workers = server.workers()
+    server.send(signal.SIGKILL)
+    server.process.wait()
+    upstream.gate.set()
+    wait_until(lambda: not any(alive(pid) for pid in workers))
+    assert upstream.prompts() == ["p0"]
+    all_completed(start(CONCURRENCY=1), ids)
+    assert upstream.prompts() == ["p0", "p1", "p2"]
+
+
+def test_kill_9_of_all_processes_at_once(start, upstream):
+    server = start()
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 8)
+    wait_until(lambda: upstream.at_once == 3)
+    server.kill_all()
+    upstream.gate.set()
+    tasks = all_completed(start(), ids)
+    assert sorted(task["attempts"] for task in tasks) == [1] * 5 + [2] * 3
+    assert len(upstream.calls) == 8 + 3
+    assert upstream.most_at_once == 3
+
+
+def test_kill_9_again_and_again_loses_nothing(start, upstream):
+    chance = random.Random(5)
+    server = start(MAX_ATTEMPTS=100)
+    upstream.decide = lambda fields: time.sleep(chance.uniform(0, 0.02)) or Answer()
+    ids, needless = [], 0
+    for turn in range(6):
+        ids += submit(server, 15)
+        wait_until(lambda: len(upstream.calls) >= len(ids) - 15 + chance.randrange(1, 12))  # noqa: B023
+        if turn % 2:
+            server.kill_all()
+            server = start(MAX_ATTEMPTS=100)
+        else:
+            server.send(signal.SIGKILL, server.running())
+        needless += 3
+    tasks = all_completed(server, ids)
+    calls = len(upstream.calls)
+    assert len(ids) <= calls <= len(ids) + needless
+    assert upstream.most_at_once <= 3
+    assert sum(task["attempts"] for task in tasks) >= calls
+    assert server.rows("SELECT count(*) FROM tasks WHERE status != 'completed'") == [(0,)]
+    assert server.rows("SELECT count(*) FROM calls WHERE outcome IS NULL") == [(0,)]
+
+
+def test_a_frozen_process_keeps_the_queue(start, upstream):
+    server = start()
+    runner = server.running()
+    upstream.gate.clear()
+    ids = submit(server, 6)
+    wait_until(lambda: upstream.at_once == 3)
+    server.send(signal.SIGSTOP, runner)
+    upstream.gate.set()
+    wait_until(lambda: upstream.at_once == 0)
+    # The standby looks for the lock fifty times in this second, and must not have it.
+    deadline = time.monotonic() + 1
+    wait_until(lambda: time.monotonic() > deadline)
+    assert len(upstream.calls) == 3
+    server.send(signal.SIGCONT, runner)
+    tasks = all_completed(server, ids)
+    assert [task["attempts"] for task in tasks] == [1] * 6
+    assert len(upstream.calls) == 6
+    assert server.running() == runner
+
+
+def test_term_lets_running_calls_end_and_starts_no_more(start, upstream):
+    server = start()
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 8)
+    wait_until(lambda: upstream.at_once == 3)
+    server.send(signal.SIGTERM)
+    wait_until(lambda: "no new calls" in server.log())
+    upstream.gate.set()
+    assert server.process.wait(30) == 0
+    assert len(upstream.calls) == 3
+    assert server.rows("SELECT status, count(*) FROM tasks GROUP BY 1 ORDER BY 1") == [
+        ("completed", 3),
+        ("pending", 5),
+    ]
+    all_completed(start(), ids)
+    assert len(upstream.calls) == 8
+
+
+@pytest.mark.parametrize("interrupted", ["retry", "fail"])
+def test_term_cuts_what_outlasts_the_grace_and_does_not_count_it(start, upstream, interrupted):
+    values = {"SHUTDOWN_GRACE": 0.2, "INTERRUPTED": interrupted, "MAX_ATTEMPTS": 1}
+    server = start(**values)
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 5)
+    wait_until(lambda: upstream.at_once == 3)
+    assert server.stop() == 0
+    wait_until(lambda: len(upstream.cut) == 3)
+    assert server.rows("SELECT DISTINCT status, attempts FROM tasks") == [("pending", 0)]
+    upstream.gate.set()
+    tasks = all_completed(start(**values), ids)
+    assert [task["attempts"] for task in tasks] == [1] * 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_other_ways_to_stop_are_as_gentle(start, upstream, number):
+    server = start()
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 3)
+    wait_until(lambda: upstream.at_once == 3)
+    server.send(number)
+    wait_until(lambda: "no new calls" in server.log())
+    upstream.gate.set()
+    assert server.process.wait(30) == 0
+    assert server.rows("SELECT DISTINCT status FROM tasks") == [("completed",)]
+    assert len(ids) == len(upstream.calls) == 3
+
+
+def test_hup_refuses_no_request_and_runs_no_task_twice(start, upstream):
+    server = start()
+    first = server.running()
+    upstream.decide = lambda fields: time.sleep(0.02) or Answer()
+    ids, faults, done = [], [], threading.Event()
+
+    def keep_asking(name):
+        while not done.is_set():
+            try:
+                ids.append(server.submit(f"{name}-{len(ids)}"))
+                done.wait(0.005)
+            except Exception as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=keep_asking, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(2):
+        before = set(server.workers())
+        server.send(signal.SIGHUP)
+        wait_until(lambda: not before & set(server.workers()), seconds=40)  # noqa: B023
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    tasks = all_completed(server, ids)
+    assert {task["attempts"] for task in tasks} == {1}
+    assert sorted(upstream.prompts()) == sorted(task["prompt"] for task in tasks)
+    assert upstream.most_at_once <= 3
+    assert server.running() != first
+
+
+def test_hup_reads_the_settings_anew_and_survives_bad_ones(start, upstream):
+    server = start(SHUTDOWN_GRACE=0)
+    server.running()
+    upstream.gate.clear()
+    env = server.folder / ".env"
+    env.write_text("DEFAULT_MODEL=FLUX.1-dev\n")
+    reload_by_hup(server)
+    assert server.status(server.submit())["model"] == "FLUX.1-dev"
+    env.write_text("DEFAULT_MODEL=../etc\n")
+    reload_by_hup(server)
+    assert "DEFAULT_MODEL=../etc: must be" in server.log()
+    assert server.status(server.submit())["model"] == "FLUX.1-dev"
+
+
+def reload_by_hup(server):
+    before = set(server.workers())
+    server.send(signal.SIGHUP)
+    wait_until(lambda: not before & set(server.workers()), seconds=40, what=server.log())
+
+
+def test_a_task_added_in_a_standby_process_is_started(start, upstream):
+    server = start()
+    server.running()
+    standby = Database(server.folder / "tasks.sqlite3")
+    standby.add("by-a-standby", "p", "m", {}, 0, time.time())
+    wait_until(lambda: upstream.calls)
+    standby.close()
+    assert server.all_end(["by-a-standby"])[0]["status"] == "completed"
+
+
+def test_a_long_backlog_costs_only_its_rows(start, upstream, tmp_path):
+    upstream.gate.clear()
+    figures = []
+    for count in (10, 100_000):
+        server = start(CONCURRENCY=1)
+        database = Database(server.folder / "tasks.sqlite3")
+        server.kill_all()
+        with database._write() as connection:
+            connection.executemany(
+                """INSERT INTO tasks
+                     (id, prompt, model, params, priority, status, created_at, updated_at)
+                   VALUES (?, ?, 'm', '{}', 0, 'pending', datetime(), datetime())""",
+                ((f"{count}-{n}", "word " * 20) for n in range(count)),
+            )
+        database.close()
+        calls = len(upstream.calls)
+        began = time.monotonic()
+        server = start(CONCURRENCY=1)
+        wait_until(lambda: len(upstream.calls) > calls)  # noqa: B023
+        figures.append((time.monotonic() - began, memory(server.running(), "VmRSS")))
+        server.kill_all()
+    (short, small), (long, large) = figures
+    assert long < short + 1
+    assert large - small < 8 * 1024 * 1024
+
+
+def test_streaming_is_flat(start, upstream):
+    noise = random.Random(7).randbytes(2650 * 2650 * 3)
+    out = io.BytesIO()
+    Image.frombytes("RGB", (2650, 2650), noise).save(out, "PNG", compress_level=0)
+    data = out.getvalue()
+    assert len(data) > 20_000_000
+    upstream.decide = lambda fields: Answer(body=data)
+    server = start(CONCURRENCY=10, WORKERS=1)
+    runner = server.running()
+    upstream.gate.clear()
+    ids = submit(server, 10)
+    wait_until(lambda: upstream.at_once == 10)
+    before = memory(runner, "VmRSS")
+    upstream.gate.set()
+    all_completed(server, ids)
+    assert memory(runner, "VmHWM") - before < 64 * 1024 * 1024
+
+
+# Starting, and refusing to
+
+
+def run(folder, *command, **environ):
+    """Run a command in a checkout without settings until it ends, and return it."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=checkout(folder),
+        env={**keep, **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, ["CHUTES_API_TOKEN", "script/demo"]),
+        ({"CHUTES_API_TOKEN": TOKEN, "PORT": "99999"}, ["PORT=99999", "65535"]),
+        (
+            {"CHUTES_API_TOKEN": TOKEN, "HOST": "0.0.0.0"},
+            ["HOST=0.0.0.0", "API_KEYS", "ALLOW_ANONYMOUS"],
+        ),
+        (
+            {"CHUTES_API_TOKEN": TOKEN, "CHUTES_API_URL": "http://example.com"},
+            ["CHUTES_API_URL", "https"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [("-m", "gunicorn"), ("-m", "flask", "--app", "app", "run")])
+def test_a_bad_setting_stops_the_start_with_one_line(tmp_path, command, environ, words):
+    ended = run(tmp_path / "server", *command, **environ)
+    assert ended.returncode != 0
+    lines = [line for line in ended.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, ended.stderr
+    assert all(word in lines[0] for word in words)
+    assert TOKEN not in ended.stderr + ended.stdout
+
+
+def test_a_database_of_another_program_stops_the_start(tmp_path):
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "tasks.sqlite3").write_text("something else " * 1000)
+    ended = run(
+        tmp_path / "server",
+        *("-m", "gunicorn"),
+        CHUTES_API_TOKEN=TOKEN,
+        PORT=str(closed_port()),
+    )
+    assert ended.returncode != 0
+    assert "file is not a database" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (tmp_path / "server" / "tasks.sqlite3").read_text() == "something else " * 1000
+
+
+def test_settings_of_the_env_file_reach_gunicorn_and_the_application(tmp_path, upstream):
+    folder = tmp_path / "server"
+    folder.mkdir()
+    port = closed_port()
+    (folder / ".env").write_text(f"PORT={port}\nCHUTES_API_URL={upstream.url}\nWORKERS=1\n")
+    server = Server(folder, "", command=("-m", "gunicorn", "app:app"), PORT="", WORKERS="")
+    server.address = f"http://127.0.0.1:{port}"
+    try:
+        server.ready()
+        assert len(server.workers()) == 1
+        all_completed(server, [server.submit()])
+        assert f"Listening at: http://127.0.0.1:{port}" in server.log()
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_flask_run_serves_and_stops_as_gently(tmp_path, upstream, number):
+    folder = tmp_path / "server"
+    port = str(closed_port())
+    command = ("-m", "flask", "--app", "app", "run", "--port", port)
+    server = Server(folder, upstream.url, command=command)
+    server.address = f"http://127.0.0.1:{port}"
+    try:
+        server.ready()
+        upstream.gate.clear()
+        server.submit("first")
+        server.submit("second")
+        wait_until(lambda: upstream.at_once == 2)
+        server.send(number)
+        wait_until(lambda: "no new calls" in server.log())
+        upstream.gate.set()
+        assert server.process.wait(30) in (0, 1, 130)
+        assert server.rows("SELECT DISTINCT status FROM tasks") == [("completed",)]
+    finally:
+        server.close()
+
+
+def test_gunicorns_lines_are_json_too(start):
+    server = start(LOG_FORMAT="json")
+    server.all_end([server.submit("words that are nobody's business")])
+    server.request("GET", "/nowhere")
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.log().splitlines()]
+    loggers = {line["logger"] for line in lines}
+    assert {"gunicorn.error", "app", "worker"} <= loggers
+    assert "nobody's business" not in server.log()
+    assert TOKEN not in server.log()
+
+
+def test_no_control_socket_is_left_open(start, tmp_path):
+    server = start()
+    sockets = Path("/proc/net/unix").read_text()
+    assert str(server.folder) not in sockets
+    assert "gunicorn.ctl" not in sockets
+
+
+def test_a_chunked_body_over_the_limit_is_refused(start):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        )
+        body = b'{"prompt": "p"}'.ljust(1024 * 1024 + 1)
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'{"error":"The body is larger than 1 MiB"}' in answer
+
+
+def test_a_broken_chunk_is_the_clients_fault(start):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n"
+        )
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert "Traceback" not in server.log()
