@@ -97,7 +97,10 @@ class Worker:
                     return
                 self._wake.wait(LOOK_SECONDS)
             log.info("this process runs the queue")
-            with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
+            with (
+                ThreadPoolExecutor(1, "decode") as self._decoder,
+                ThreadPoolExecutor(self._config.concurrency, "call") as pool,
+            ):
                 self._insist(self._recover)
                 while not self._should_drain():
                     self._turn(pool)
@@ -191,7 +194,7 @@ class Worker:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             reply = self._chutes.generate(task.model, task.prompt, task.params, part, line)
-            path, image = images.keep(part, self._config.output_dir / task.id)
+            path, image = self._decode(images.keep, part, self._config.output_dir / task.id)
         except Cut as cut:
             return functools.partial(self._put_back, task, str(cut), reply, None)
         except images.ImageError as error:
@@ -202,6 +205,18 @@ class Worker:
         except OSError as error:
             return self._remedy(task, chutes.disk_error(error, part))
         return functools.partial(self._complete, task, path, image, reply)
+
+    def _decode(self, work: Callable, *args: Path) -> Any:
+        """Do the work in the one thread that decodes.
+
+        The allocator keeps what a thread has freed for that thread: decoding in each of
+        the pool's would keep a picture's worth of memory for each of them.
+        """
+        try:
+            future = self._decoder.submit(work, *args)
+        except RuntimeError:  # The interpreter is going down, but the picture is paid for.
+            return work(*args)
+        return future.result()
 
     def _remedy(self, task: Task, error: ChutesError) -> Callable[[float], None]:
         if error.remedy is Remedy.RETRY:
@@ -310,7 +325,7 @@ class Worker:
         for extension in images.EXTENSIONS:
             path = self._config.output_dir / f"{task.id}.{extension}"
             try:
-                return path, images.inspect(path)
+                return path, self._decode(images.inspect, path)
             except FileNotFoundError:
                 continue
             except images.ImageError:
