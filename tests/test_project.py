@@ -1,0 +1,121 @@
+"""What holds for the project as a whole: its structure, and that its documents tell the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+from app import close, create_app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+OURS = {path.stem for path in ROOT.glob("*.py") if path.stem != "gunicorn.conf"}
+
+# Each module, and which of ours it may import.
+MAY_IMPORT = {
+    "app": {"worker", "db", "chutes", "schema", "config", "logs"},
+    "worker": {"db", "chutes", "images", "config"},
+    "chutes": {"config"},
+    "schema": {"config"},
+    "db": set(),
+    "images": set(),
+    "config": set(),
+    "logs": set(),
+    "simulator": set(),
+}
+# What only one module knows. The simulator is a program of its own.
+ONLY = {
+    "flask": {"app"},
+    "sqlite3": {"db"},
+    "requests": {"chutes"},
+    "urllib3": {"chutes"},
+    "PIL": {"images", "simulator"},
+    "pydantic": {"schema"},
+    "dotenv": {"config"},
+}
+
+
+def imported(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_imports_go_one_way():
+    assert set(MAY_IMPORT) == OURS
+    for name in OURS:
+        assert set(imported(name)) & OURS <= MAY_IMPORT[name], name
+
+
+@pytest.mark.parametrize("library", ONLY)
+def test_a_library_is_known_to_its_module_alone(library):
+    assert {name for name in OURS if library in imported(name)} == ONLY[library]
+
+
+def test_importing_does_nothing(tmp_path):
+    program = (
+        "import os, sys, threading; before = set(os.listdir());"
+        "import app, chutes, config, db, images, logs, schema, simulator, worker;"
+        "assert threading.active_count() == 1; assert set(os.listdir()) == before"
+    )
+    subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+
+
+def test_every_setting_is_in_the_table_and_in_the_example():
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([^|]+) \|", README, re.M))
+    example = dict(re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
+    assert set(rows) == set(example) == set(config._SETTINGS)
+
+
+def test_the_defaults_in_the_documents_are_those_in_force(tmp_path):
+    example = dict(re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
+    values = {name: value for name, value in example.items() if value}
+    plain = config.from_values({"CHUTES_API_TOKEN": "x"}, tmp_path)
+    assert config.from_values({**values, "CHUTES_API_TOKEN": "x"}, tmp_path) == plain
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `([^`]+)` \|", README, re.M))
+    assert len(rows) > 10
+    assert config.from_values({**rows, "CHUTES_API_TOKEN": "x"}, tmp_path) == plain
+
+
+def routes(configure):
+    app = create_app(configure())
+    rules = [
+        (method, re.sub(r"<(?:\w+:)?\w+>", "<id>", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    ]
+    close(app)
+    return set(rules)
+
+
+def test_every_route_is_in_readme_and_in_bruno(configure):
+    told = set(re.findall(r"^\| `(GET|POST|DELETE) (/[^`?]*)[^`]*` \|", README, re.M))
+    assert told == routes(configure)
+    asked = set()
+    for path in (ROOT / "bruno").glob("*.bru"):
+        text = path.read_text()
+        method = re.search(r"^(get|post|delete) \{", text, re.M)[1].upper()
+        url = re.search(r"url: \{\{baseUrl\}\}([^?\s]*)", text)[1]
+        asked.add((method, re.sub(r"\{\{\w+\}\}|0{8}-[-0-9]+", "<id>", url)))
+    assert asked == routes(configure)
+
+
+def test_the_locks_have_hashes_and_no_address():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        lock = (ROOT / name).read_text()
+        pins = re.findall(r"^[a-z0-9_.-]+==", lock, re.M)
+        assert len(pins) >= 15
+        assert lock.count("--hash=sha256:") >= len(pins)
+        assert "://" not in lock
