@@ -47,10 +47,14 @@ class Remedy(Enum):
 
 @dataclass(frozen=True)
 class Reply:
-    """What an answer of Chutes said beside its body; nothing where there was none."""
+    """What an answer of Chutes said beside its body; nothing where there was none.
+
+    `quota` is the day's: total, used and remaining.
+    """
 
     status: int | None = None
     invocation_id: str | None = None
+    quota: tuple[float, float, float] | None = None
 
 
 class ChutesError(Exception):
@@ -223,13 +227,17 @@ class Chutes:
             Remedy.FAIL,
             "image_too_large",
             f"The image has more than {self._config.max_image_mb} MB",
-            advice="Raise MAX_IMAGE_MB to accept it.",
+            advice="Raise MAX_IMAGE_MB to accept it",
             reply=reply,
         )
 
     def _reply(self, response: requests.Response) -> Reply:
         invocation = response.headers.get("X-Chutes-InvocationID")
-        return Reply(response.status_code, self._plain(invocation)[:100] if invocation else None)
+        return Reply(
+            response.status_code,
+            self._plain(invocation)[:100] if invocation else None,
+            _quota(response),
+        )
 
     def _fault(
         self, error: Exception | None, model: str, line: Line, reply: Reply
@@ -263,7 +271,7 @@ class Chutes:
 
         if status == 401:
             headline = "Chutes refused the API token (401)"
-            advice = "Set a valid CHUTES_API_TOKEN and start the server again."
+            advice = "Set a valid CHUTES_API_TOKEN and start the server again"
             return refuse(Remedy.PAUSE, "upstream_auth", headline, text, advice)
         if status == 402:
             return self._payment(detail, text, refuse)
@@ -282,7 +290,7 @@ class Chutes:
             return refuse(Remedy.RETRY, "upstream_error", f"Chutes failed ({status})", text)
         if 300 <= status < 400:
             headline = f"Chutes answered with a redirect ({status}), which is not followed"
-            return rejected(headline, advice="Check CHUTES_API_URL.")
+            return rejected(headline, advice="Check CHUTES_API_URL")
         if 400 <= status < 500:
             return rejected(f"Chutes refused the request ({status})", text)
         return refuse(Remedy.RETRY, "upstream_error", f"Chutes answered with status {status}")
@@ -291,7 +299,7 @@ class Chutes:
         reset = _timestamp(detail.get("quota_reset_timestamp"))
         if reset is None:
             headline = "Chutes wants payment (402)"
-            advice = "Add balance to the account, then start the server again."
+            advice = "Add balance to the account, then resume the queue"
             return refuse(Remedy.PAUSE, "upstream_payment", headline, text, advice)
         wait = reset - self._clock()
         return refuse(
@@ -395,13 +403,23 @@ def disk_error(error: OSError, path: Path) -> ChutesError:
         Remedy.FAIL,
         "storage",
         f"The image could not be written ({error.strerror})",
-        advice=f"Check the folder {path.parent}.",
+        advice=f"Check the folder {path.parent}",
     )
 
 
 def _length(response: requests.Response) -> int:
     value = response.headers.get("Content-Length", "")
     return int(value[:20]) if value.isascii() and value.isdigit() else 0
+
+
+def _quota(response: requests.Response) -> tuple[float, float, float] | None:
+    numbers = [
+        response.headers.get(f"X-Chutes-Quota-{name}", "")
+        for name in ("Total", "Used", "Remaining")
+    ]
+    if not all(re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", number) for number in numbers):
+        return None
+    return tuple(float(n) if "." in n else int(n) for n in numbers)
 
 
 def _detail(response: requests.Response) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -58,6 +58,8 @@ class Task:
     width: int | None
     height: int | None
     sha256: str | None
+    canceling: int
+    retried_as: str | None
 
 
 _COLUMNS = ", ".join(field.name for field in fields(Task))
@@ -71,6 +73,19 @@ class Call:
     seconds: float | None = None
     http_status: int | None = None
     invocation_id: str | None = None
+    quota: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """One upstream call of a task; `seconds` and `outcome` are null while it runs."""
+
+    number: int
+    started: str
+    seconds: float | None
+    http_status: int | None
+    outcome: str | None
+    invocation_id: str | None
 
 
 @dataclass(frozen=True)
@@ -99,6 +114,20 @@ class NewHold:
     most: float
     wait: float | None = None
     room: int = 0
+
+
+@dataclass(frozen=True)
+class Queue:
+    """How the whole queue stands. `quota` is Chutes' own: total, used and remaining."""
+
+    pending: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    oldest_pending: str | None
+    calls_today: int
+    holds: tuple[Hold, ...]
+    quota: tuple[float, float, float] | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +166,9 @@ CREATE TABLE tasks (
   bytes INTEGER,
   width INTEGER,
   height INTEGER,
-  sha256 TEXT
+  sha256 TEXT,
+  canceling INTEGER NOT NULL DEFAULT 0,
+  retried_as TEXT
 ) STRICT;
 
 CREATE INDEX tasks_ready ON tasks (model, priority DESC, seq)
@@ -147,6 +178,15 @@ CREATE INDEX tasks_later ON tasks (not_before)
 CREATE INDEX tasks_line ON tasks (priority DESC, seq) WHERE status = 'pending';
 CREATE INDEX tasks_age ON tasks (created_at) WHERE status = 'pending';
 CREATE INDEX tasks_processing ON tasks (seq) WHERE status = 'processing';
+
+CREATE INDEX tasks_canceling ON tasks (seq) WHERE status = 'processing' AND canceling;
+CREATE INDEX tasks_status ON tasks (status, seq);
+CREATE INDEX tasks_model ON tasks (model, seq);
+CREATE INDEX tasks_status_model ON tasks (status, model, seq);
+CREATE INDEX tasks_unretried ON tasks (error_code, seq)
+  WHERE status = 'failed' AND retried_as IS NULL;
+
+CREATE TABLE removals (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 
 CREATE TABLE calls (
   task TEXT NOT NULL,
@@ -172,23 +212,28 @@ CREATE TABLE holds (
 CREATE TABLE queue (
   id INTEGER PRIMARY KEY CHECK (id = 1),
   paused INTEGER NOT NULL DEFAULT 0,
-  pause_reason TEXT
+  pause_reason TEXT,
+  quota_total ANY,
+  quota_used ANY,
+  quota_remaining ANY
 ) STRICT;
 INSERT INTO queue (id) VALUES (1);
 """
 
 # The models with a task that is ready, each found by one step in the index: a held
-# model with 100,000 waiting tasks costs one look, not 100,000.
+# model with 100,000 waiting tasks costs one look, not 100,000. Left to itself, SQLite
+# takes another index, and walks them all.
 _NEXT = """
 WITH RECURSIVE ready (model) AS (
-  SELECT min(model) FROM tasks WHERE status = 'pending' AND not_before IS NULL
+  SELECT min(model) FROM tasks INDEXED BY tasks_ready
+  WHERE status = 'pending' AND not_before IS NULL
   UNION ALL
-  SELECT (SELECT min(tasks.model) FROM tasks
+  SELECT (SELECT min(tasks.model) FROM tasks INDEXED BY tasks_ready
           WHERE status = 'pending' AND not_before IS NULL AND tasks.model > ready.model)
   FROM ready WHERE ready.model IS NOT NULL
 )
 SELECT tasks.seq FROM ready JOIN tasks ON tasks.seq = (
-  SELECT first.seq FROM tasks AS first
+  SELECT first.seq FROM tasks AS first INDEXED BY tasks_ready
   WHERE first.status = 'pending' AND first.not_before IS NULL AND first.model = ready.model
   ORDER BY first.priority DESC, first.seq LIMIT 1)
 WHERE NOT EXISTS (SELECT 1 FROM queue WHERE paused)
@@ -239,7 +284,7 @@ class Database:
                 """INSERT INTO tasks
                      (id, prompt, model, params, priority, status, created_at, updated_at)
                    VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)""",
-                (id, prompt, model, json.dumps(params), priority, _stamp(now), _stamp(now)),
+                (id, prompt, model, json.dumps(params), priority, stamp(now), stamp(now)),
             )
 
     def get(self, id: str) -> Task | None:
@@ -257,8 +302,9 @@ class Database:
         """
         with self._read() as connection:
             # Two ranges of one index; an OR over both columns would be walked whole.
-            higher = "SELECT 1 FROM tasks WHERE status = 'pending' AND priority > :priority"
-            earlier = """SELECT 1 FROM tasks
+            higher = """SELECT 1 FROM tasks INDEXED BY tasks_line
+                        WHERE status = 'pending' AND priority > :priority"""
+            earlier = """SELECT 1 FROM tasks INDEXED BY tasks_line
                          WHERE status = 'pending' AND priority = :priority AND seq < :seq"""
             ((ahead,),) = connection.execute(
                 f"""SELECT min(:most,
@@ -282,7 +328,7 @@ class Database:
         """Tell whether `claim` would find a task; reads only, in well under a millisecond."""
         with self._read() as connection:
             ((found,),) = connection.execute(
-                f"""SELECT EXISTS (SELECT 1 FROM tasks
+                f"""SELECT EXISTS (SELECT 1 FROM tasks INDEXED BY tasks_later
                                    WHERE status = 'pending' AND not_before <= :now)
                         OR EXISTS ({_NEXT})""",
                 {"now": now},
@@ -304,7 +350,8 @@ class Database:
         """
         with self._write() as connection:
             connection.execute(
-                "UPDATE tasks SET not_before = NULL WHERE status = 'pending' AND not_before <= ?",
+                """UPDATE tasks INDEXED BY tasks_later SET not_before = NULL
+                   WHERE status = 'pending' AND not_before <= ?""",
                 (now,),
             )
             task = _task(
@@ -313,7 +360,7 @@ class Database:
                           started_at = :stamp, updated_at = :stamp
                         WHERE seq = ({_NEXT}) AND status = 'pending'
                         RETURNING {_COLUMNS}""",
-                    {"now": now, "stamp": _stamp(now)},
+                    {"now": now, "stamp": stamp(now)},
                 ).fetchall()
             )
             if task is None:
@@ -361,16 +408,22 @@ class Database:
         error: str,
         now: float,
         pause_reason: str | None = None,
+        counted: int = 1,
     ) -> bool:
         """End the task's call and the task with an error; with a reason, pause the queue too."""
         with self._ending(task, call) as connection:
             if not _changed(
                 connection.execute(
-                    f"""UPDATE tasks SET status = 'failed', attempts = attempts + 1,
+                    f"""UPDATE tasks SET status = 'failed', attempts = attempts + :counted,
                           error_code = :code, error = :error,
                           updated_at = :stamp, finished_at = :stamp
                         WHERE {_IN_THIS_CALL}""",
-                    {**_this_call(task, now), "code": code, "error": error},
+                    {
+                        **_this_call(task, now),
+                        "code": code,
+                        "error": error,
+                        "counted": int(counted),
+                    },
                 )
             ):
                 return False
@@ -387,7 +440,7 @@ class Database:
     ) -> bool:
         """End a call that counts as an attempt, and make the task pending again."""
         with self._ending(task, call) as connection:
-            if not _changed(_put_back(connection, task, 1, not_before, error, now)):
+            if not _put_back(connection, task, 1, not_before, error, now):
                 return False
             _lift_probed(connection, task)
             return True
@@ -395,7 +448,7 @@ class Database:
     def put_back(self, task: Task, call: Call, hold: NewHold | None, now: float) -> bool:
         """End a call that does not count, make the task pending again, and set the hold."""
         with self._ending(task, call) as connection:
-            if not _changed(_put_back(connection, task, 0, None, task.last_error, now)):
+            if not _put_back(connection, task, 0, None, task.last_error, now):
                 return False
             if hold:
                 _set_hold(connection, hold, task, now)
@@ -403,6 +456,163 @@ class Database:
                 _lift_probed(connection, task)
             connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
             return True
+
+    def newest(
+        self, status: str | None, model: str | None, before: int | None, limit: int
+    ) -> list[Task]:
+        """Read up to `limit` tasks, the newest first, that were added before that `seq`."""
+        wanted = {"status": status, "model": model, "before": before}
+        conditions = {"status": "status = :status", "model": "model = :model"}
+        conditions["before"] = "seq < :before"
+        where = " AND ".join(conditions[name] for name in wanted if wanted[name] is not None)
+        with self._read() as connection:
+            rows = connection.execute(
+                f"""SELECT {_COLUMNS} FROM tasks {"WHERE " + where if where else ""}
+                    ORDER BY seq DESC LIMIT :limit""",
+                {**wanted, "limit": limit},
+            ).fetchall()
+        return [_task([row]) for row in rows]
+
+    def calls(self, id: str) -> list[PastCall]:
+        """Read the upstream calls of a task, the first one first."""
+        with self._read() as connection:
+            rows = connection.execute(
+                """SELECT number, started, seconds, http_status, outcome, invocation_id
+                   FROM calls WHERE task = ? ORDER BY number""",
+                (id,),
+            ).fetchall()
+        return [replace(call, started=stamp(call.started)) for call in (PastCall(*r) for r in rows)]
+
+    def unended(self, ids: Iterable[str]) -> set[str]:
+        """Return those of the tasks that are pending or processing."""
+        ids = list(ids)
+        marks = ", ".join("?" * len(ids))
+        with self._read() as connection:
+            rows = connection.execute(
+                f"""SELECT id FROM tasks
+                    WHERE id IN ({marks}) AND status IN ('pending', 'processing')""",
+                ids,
+            ).fetchall()
+        return {row[0] for row in rows}
+
+    def cancel(self, id: str, now: float) -> None:
+        """Fail a pending task at once, and have the call of one that is processing cut."""
+        with self._write() as connection:
+            connection.execute(_CANCEL, {"id": id, "stamp": stamp(now)})
+            connection.execute(
+                "UPDATE tasks SET canceling = 1 WHERE id = ? AND status = 'processing'", (id,)
+            )
+
+    def canceling(self) -> list[str]:
+        """Return the tasks whose calls are to be cut."""
+        with self._read() as connection:
+            rows = connection.execute(
+                """SELECT id FROM tasks INDEXED BY tasks_canceling
+                   WHERE status = 'processing' AND canceling"""
+            ).fetchall()
+        return [row[0] for row in rows]
+
+    def retry(self, id: str, new_id: str, now: float) -> bool:
+        """Add a new task with the input of one that has ended; False where it has not."""
+        with self._write() as connection:
+            if not _changed(
+                connection.execute(
+                    f"""{_ADD_AGAIN} WHERE id = :id AND status IN ('completed', 'failed')""",
+                    {"id": id, "new_id": new_id, "stamp": stamp(now)},
+                )
+            ):
+                return False
+            connection.execute("UPDATE tasks SET retried_as = ? WHERE id = ?", (new_id, id))
+            return True
+
+    def retry_failed(
+        self,
+        error_code: str | None,
+        up_to: int,
+        new_id: Callable[[], str],
+        now: float,
+        limit: int = 500,
+    ) -> int:
+        """Add anew up to `limit` failed tasks not retried yet, the oldest first; say how many.
+
+        Only those whose `seq` is at most `up_to`, and who failed with that code, if any.
+        """
+        only = "AND error_code = :code" if error_code else ""
+        with self._write() as connection:
+            rows = connection.execute(
+                f"""SELECT id FROM tasks WHERE status = 'failed' AND retried_as IS NULL
+                      AND seq <= :up_to {only}
+                    ORDER BY seq LIMIT :limit""",
+                {"code": error_code, "up_to": up_to, "limit": limit},
+            ).fetchall()
+            for (id,) in rows:
+                values = {"id": id, "new_id": new_id(), "stamp": stamp(now)}
+                connection.execute(f"{_ADD_AGAIN} WHERE id = :id", values)
+                connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
+            return len(rows)
+
+    def remove(self, id: str) -> bool:
+        """Delete a task that is not processing, and note that its files must go.
+
+        Call `removed` when they have gone: a death in between leaves the note.
+        """
+        with self._write() as connection:
+            if not _changed(
+                connection.execute(
+                    "DELETE FROM tasks WHERE id = ? AND status != 'processing'", (id,)
+                )
+            ):
+                return False
+            connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (id,))
+            return True
+
+    def removals(self) -> list[str]:
+        """Return the deleted tasks whose files may still be there."""
+        with self._read() as connection:
+            rows = connection.execute("SELECT id FROM removals LIMIT 1000").fetchall()
+        return [row[0] for row in rows]
+
+    def removed(self, id: str) -> None:
+        """Note that the files of a deleted task have gone."""
+        with self._write() as connection:
+            connection.execute("DELETE FROM removals WHERE id = ?", (id,))
+
+    def queue(self, now: float) -> Queue:
+        """Read how the queue stands, at one instant."""
+        midnight = now - now % 86400
+        with self._read() as connection:
+            ((pending, oldest),) = connection.execute(
+                """SELECT count(*), min(created_at) FROM tasks INDEXED BY tasks_age
+                   WHERE status = 'pending'"""
+            ).fetchall()
+            ((paused, reason, *quota),) = connection.execute(
+                """SELECT paused, pause_reason, quota_total, quota_used, quota_remaining
+                   FROM queue"""
+            ).fetchall()
+            ((calls,),) = connection.execute(
+                "SELECT count(*) FROM calls WHERE started >= ?", (midnight,)
+            ).fetchall()
+            models = connection.execute("SELECT model FROM holds ORDER BY model").fetchall()
+            return Queue(
+                pending=pending,
+                processing=_count_processing(connection),
+                paused=bool(paused),
+                pause_reason=reason,
+                oldest_pending=oldest,
+                calls_today=calls,
+                holds=_holds(connection, [model for (model,) in models]),
+                quota=None if quota[0] is None else tuple(quota),
+            )
+
+    def pause(self) -> None:
+        """Start no call any more, until `resume`."""
+        with self._write() as connection:
+            connection.execute("UPDATE queue SET paused = 1, pause_reason = NULL")
+
+    def resume(self) -> None:
+        """End a pause, whoever began it."""
+        with self._write() as connection:
+            connection.execute("UPDATE queue SET paused = 0, pause_reason = NULL")
 
     def delay_hold(self, model: str, until: float) -> None:
         """Let a hold that is due last until then."""
@@ -418,9 +628,10 @@ class Database:
 
     def expire(self, created_before: float, error: str, now: float, limit: int = 500) -> int:
         """Fail up to `limit` pending tasks that were added before then; return how many."""
-        cutoff = _stamp(created_before)
+        cutoff = stamp(created_before)
         with self._read() as connection:
-            old = "SELECT seq FROM tasks WHERE status = 'pending' AND created_at < ? LIMIT ?"
+            old = """SELECT seq FROM tasks INDEXED BY tasks_age
+                     WHERE status = 'pending' AND created_at < ? LIMIT ?"""
             if not connection.execute(old, (cutoff, 1)).fetchall():
                 return 0
         with self._write() as connection:
@@ -428,7 +639,7 @@ class Database:
                 f"""UPDATE tasks SET status = 'failed', error_code = 'expired', error = ?,
                       updated_at = ?, finished_at = ?
                     WHERE seq IN ({old}) AND status = 'pending'""",
-                (error, _stamp(now), _stamp(now), cutoff, limit),
+                (error, stamp(now), stamp(now), cutoff, limit),
             ).rowcount
 
     def orphans(self) -> list[Task]:
@@ -524,14 +735,30 @@ class Database:
                     task.calls,
                 ),
             )
+            if call.quota:
+                connection.execute(
+                    "UPDATE queue SET quota_total = ?, quota_used = ?, quota_remaining = ?",
+                    call.quota,
+                )
             yield connection
 
+
+CANCELED = "A client canceled the task"
+
+_CANCEL = f"""UPDATE tasks SET status = 'failed', error_code = 'canceled', error = '{CANCELED}',
+                updated_at = :stamp, finished_at = :stamp
+              WHERE id = :id AND status = 'pending'"""
+
+_ADD_AGAIN = """INSERT INTO tasks
+                  (id, prompt, model, params, priority, status, created_at, updated_at)
+                SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp
+                FROM tasks"""
 
 _IN_THIS_CALL = "id = :id AND status = 'processing' AND calls = :calls"
 
 
 def _this_call(task: Task, now: float) -> dict[str, Any]:
-    return {"id": task.id, "calls": task.calls, "stamp": _stamp(now)}
+    return {"id": task.id, "calls": task.calls, "stamp": stamp(now)}
 
 
 def _put_back(
@@ -541,13 +768,18 @@ def _put_back(
     not_before: float | None,
     error: str | None,
     now: float,
-) -> sqlite3.Cursor:
-    return connection.execute(
-        f"""UPDATE tasks SET status = 'pending', attempts = attempts + :counted,
-              not_before = :not_before, last_error = :error, updated_at = :stamp
-            WHERE {_IN_THIS_CALL}""",
-        {**_this_call(task, now), "counted": counted, "not_before": not_before, "error": error},
+) -> bool:
+    changed = _changed(
+        connection.execute(
+            f"""UPDATE tasks SET status = 'pending', attempts = attempts + :counted,
+                  not_before = :not_before, last_error = :error, updated_at = :stamp
+                WHERE {_IN_THIS_CALL}""",
+            {**_this_call(task, now), "counted": counted, "not_before": not_before, "error": error},
+        )
     )
+    # A task that is being canceled has no next attempt.
+    connection.execute(_CANCEL + " AND canceling", {"id": task.id, "stamp": stamp(now)})
+    return changed
 
 
 def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: float) -> None:
@@ -607,7 +839,7 @@ def _next_start(
 
 def _count_processing(connection: sqlite3.Connection) -> int:
     ((count,),) = connection.execute(
-        "SELECT count(*) FROM tasks WHERE status = 'processing'"
+        "SELECT count(*) FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
     ).fetchall()
     return count
 
@@ -623,7 +855,8 @@ def _changed(cursor: sqlite3.Cursor) -> bool:
     return cursor.rowcount == 1
 
 
-def _stamp(now: float) -> str:
+def stamp(now: float) -> str:
+    """Write epoch seconds as the rows have it: UTC, `YYYY-MM-DD HH:MM:SS`."""
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 

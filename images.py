@@ -1,19 +1,25 @@
 """What a file is: a PNG, JPEG or WebP image by its bytes, and whether it is whole."""
 
 import hashlib
+import io
 import os
-import threading
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as Pillow
 
 MAX_PIXELS = 4096 * 4096
 EXTENSIONS = ("png", "jpg", "webp")
 
+THUMBNAIL_SIDE = 512
+
 _TAIL = 4096
-# One decoded picture at a time: several at once are where a small machine's memory goes.
-_decoding = threading.Lock()
+_PNG_END = b"IEND\xae\x42\x60\x82"
 
 
 class ImageError(Exception):
@@ -52,6 +58,41 @@ class Image:
     sha256: str
 
 
+class Decoder:
+    """Decode one picture at a time, in one thread, which `close` ends.
+
+    Several at once are where a small machine's memory goes. And the allocator keeps what
+    a thread has freed for that thread, so that each thread that ever decodes would keep
+    a picture's worth.
+    """
+
+    def __init__(self):
+        self._thread = ThreadPoolExecutor(1, "decode")
+
+    def inspect(self, path: Path) -> Image:
+        """Do as `inspect` does."""
+        return self._do(inspect, path)
+
+    def keep(self, part: Path, target: Path) -> tuple[Path, Image]:
+        """Do as `keep` does."""
+        return self._do(keep, part, target)
+
+    def thumbnail(self, path: Path) -> bytes:
+        """Do as `thumbnail` does."""
+        return self._do(thumbnail, path)
+
+    def close(self) -> None:
+        """Finish what is being decoded, and end the thread."""
+        self._thread.shutdown()
+
+    def _do(self, work: Callable, *args: Path) -> Any:
+        try:
+            future = self._thread.submit(work, *args)
+        except RuntimeError:  # The interpreter is going down, but the picture is paid for.
+            return work(*args)
+        return future.result()
+
+
 def inspect(path: Path) -> Image:
     """Decode the file whole and return its facts, or raise ImageError.
 
@@ -68,10 +109,10 @@ def inspect(path: Path) -> Image:
     kind = _kind(head)
     if kind is None:
         raise NotAnImage("Chutes answered with something that is not a PNG, JPEG or WebP image")
-    if not _has_its_end(kind, head, tail, size):
-        raise BrokenImage("The image ended early")
-    with _decoding:
-        width, height = _decode(path, kind)
+    # Of all that can be cut off, decoders miss only the last four bytes of a PNG.
+    if kind == "PNG" and _PNG_END not in tail:
+        raise BrokenImage("The image ended early or does not decode")
+    width, height = _decode(path, kind)
     content_type = f"image/{kind.lower()}"
     extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
     return Image(content_type, extension, size, width, height, sha256)
@@ -94,6 +135,30 @@ def keep(part: Path, target: Path) -> tuple[Path, Image]:
     return path, image
 
 
+def thumbnail(path: Path) -> bytes:
+    """Return a WebP image of the picture, at most THUMBNAIL_SIDE on its longest side.
+
+    Raises BrokenImage where the file does not decode, OSError where it cannot be read.
+    """
+    out = io.BytesIO()
+    with _decoding_faults(), Pillow.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
+        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        mode = "RGBA" if picture.has_transparency_data else "RGB"
+        picture.convert(mode).save(out, "WEBP", quality=80)
+    return out.getvalue()
+
+
+def store(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, whoever else writes the same one."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
 def _sync_folder(path: Path) -> None:
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -112,17 +177,8 @@ def _kind(head: bytes) -> str | None:
     return None
 
 
-def _has_its_end(kind: str, head: bytes, tail: bytes, size: int) -> bool:
-    """Tell whether the last bytes are there: decoders do not miss them all."""
-    if kind == "JPEG":
-        return b"\xff\xd9" in tail
-    if kind == "WEBP":
-        return size >= int.from_bytes(head[4:8], "little") + 8
-    return b"IEND\xae\x42\x60\x82" in tail
-
-
 def _decode(path: Path, kind: str) -> tuple[int, int]:
-    try:
+    with _decoding_faults():
         with Pillow.open(path, formats=(kind,)) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
@@ -134,6 +190,13 @@ def _decode(path: Path, kind: str) -> tuple[int, int]:
             # load() does not look at the checksums of the chunks.
             with Pillow.open(path, formats=(kind,)) as picture:
                 picture.verify()
+    return width, height
+
+
+@contextmanager
+def _decoding_faults() -> Iterator[None]:
+    try:
+        yield
     except (ImageError, MemoryError):
         raise
     except Pillow.DecompressionBombError as error:
@@ -141,5 +204,4 @@ def _decode(path: Path, kind: str) -> tuple[int, int]:
     except Exception as error:  # Decoders raise whatever a broken file leads them to.
         if isinstance(error, OSError) and error.errno:
             raise
-        raise BrokenImage("The image does not decode") from error
-    return width, height
+        raise BrokenImage("The image ended early or does not decode") from error

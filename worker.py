@@ -20,6 +20,7 @@ import images
 from chutes import ChutesError, Cut, Line, Remedy, Reply
 from config import Config
 from db import Call, Database, DatabaseError, NewHold, Standing, Task
+from waiters import Waiters
 
 LOOK_SECONDS = 0.02
 MAX_BACKOFF = 300.0
@@ -46,12 +47,16 @@ class Worker:
         config: Config,
         database: Database,
         client: Any,
+        decoder: images.Decoder,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ):
         self._config = config
         self._db = database
         self._chutes = client
+        self._decoder = decoder
+        # Half of the HTTP threads may wait; the others answer.
+        self.waiters = Waiters(database.unended, config.threads // 2)
         self._clock = clock
         self._jitter = jitter
         self._wake = threading.Event()
@@ -77,6 +82,25 @@ class Worker:
         """Look for a task at once instead of in a few milliseconds."""
         self._wake.set()
 
+    def cancel(self, task_id: str) -> None:
+        """End a task: a pending one at once, one under way as soon as its call is cut."""
+        self._db.cancel(task_id, self._clock())
+        self.waiters.ended(task_id)
+        self.wake()
+
+    def remove(self, task: Task) -> bool:
+        """Delete a task with its files; False while it is processing."""
+        if not self._db.remove(task.id):
+            return False
+        self.waiters.ended(task.id)
+        try:
+            if task.file_path:
+                Path(task.file_path).unlink(missing_ok=True)
+            self._remove_files(task.id)
+        except OSError:
+            log.exception("a file stays until the queue begins anew", extra={"task": task.id})
+        return True
+
     def drain(self) -> None:
         """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cut them.
 
@@ -94,16 +118,15 @@ class Worker:
         with _QueueLock(self._config.database_path) as lock:
             while not lock.acquire():
                 if self._should_drain():
+                    self.waiters.release()
                     return
-                self._wake.wait(LOOK_SECONDS)
+                self._stand_by()
             log.info("this process runs the queue")
-            with (
-                ThreadPoolExecutor(1, "decode") as self._decoder,
-                ThreadPoolExecutor(self._config.concurrency, "call") as pool,
-            ):
+            with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
                 self._insist(self._recover)
                 while not self._should_drain():
                     self._turn(pool)
+                self.waiters.release()
                 self._finish()
 
     def _should_drain(self) -> bool:
@@ -111,10 +134,20 @@ class Worker:
             self.drain()
         return self._draining
 
+    def _stand_by(self) -> None:
+        try:
+            self.waiters.look()
+        except DatabaseError as error:
+            log.error("the waiters wait for the database: %s", error)
+        self._wake.wait(LOOK_SECONDS)
+        self._wake.clear()
+
     def _turn(self, pool: ThreadPoolExecutor) -> None:
         self._wake.clear()
         try:
             self._expire()
+            self._cut_canceled()
+            self.waiters.look()
             while self._has_room() and not self._should_drain() and self._start_one(pool):
                 pass
         except DatabaseError as error:
@@ -172,6 +205,18 @@ class Worker:
         else:
             self._next_look = now + 1
 
+    def _cut_canceled(self) -> None:
+        """Cut the calls that a client, in whichever process, has canceled."""
+        for task_id in self._db.canceling() if self._lines else ():
+            if line := self._lines.get(task_id):
+                line.cut("canceled")
+
+    def _remove_files(self, task_id: str) -> None:
+        for extension in images.EXTENSIONS:
+            (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
+        thumbnail_path(self._config, task_id).unlink(missing_ok=True)
+        self._db.removed(task_id)
+
     def _attempt(self, task: Task, line: Line) -> None:
         """Make one call for the task and write down how it ended; runs in the pool."""
         part = self._config.output_dir / f".{task.id}.part"
@@ -194,8 +239,12 @@ class Worker:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             reply = self._chutes.generate(task.model, task.prompt, task.params, part, line)
-            path, image = self._decode(images.keep, part, self._config.output_dir / task.id)
+            path, image = self._decoder.keep(part, self._config.output_dir / task.id)
         except Cut as cut:
+            if str(cut) == "canceled":
+                return functools.partial(
+                    self._fail, task, "canceled", db.CANCELED, reply, counted=0
+                )
             return functools.partial(self._put_back, task, str(cut), reply, None)
         except images.ImageError as error:
             end = self._retry if error.again else self._fail
@@ -205,18 +254,6 @@ class Worker:
         except OSError as error:
             return self._remedy(task, chutes.disk_error(error, part))
         return functools.partial(self._complete, task, path, image, reply)
-
-    def _decode(self, work: Callable, *args: Path) -> Any:
-        """Do the work in the one thread that decodes.
-
-        The allocator keeps what a thread has freed for that thread: decoding in each of
-        the pool's would keep a picture's worth of memory for each of them.
-        """
-        try:
-            future = self._decoder.submit(work, *args)
-        except RuntimeError:  # The interpreter is going down, but the picture is paid for.
-            return work(*args)
-        return future.result()
 
     def _remedy(self, task: Task, error: ChutesError) -> Callable[[float], None]:
         if error.remedy is Remedy.RETRY:
@@ -243,6 +280,7 @@ class Worker:
         call = self._ended(task, "completed", reply, seconds)
         if not self._db.complete(task, call, path, image, self._clock()):
             path.unlink(missing_ok=True)
+        self.waiters.ended(task.id)
 
     def _fail(
         self,
@@ -252,9 +290,11 @@ class Worker:
         reply: Reply,
         seconds: float | None,
         pause_reason: str | None = None,
+        counted: int = 1,
     ) -> None:
         call = self._ended(task, code, reply, seconds, message)
-        self._db.fail(task, call, code, message, self._clock(), pause_reason)
+        self._db.fail(task, call, code, message, self._clock(), pause_reason, counted)
+        self.waiters.ended(task.id)
         if pause_reason:
             log.error("the queue pauses itself: %s", pause_reason)
 
@@ -297,7 +337,7 @@ class Worker:
                 "reason": message,
             },
         )
-        return Call(outcome, seconds, reply.status, reply.invocation_id)
+        return Call(outcome, seconds, reply.status, reply.invocation_id, reply.quota)
 
     def _insist(self, write: Callable[[], None]) -> None:
         """Write to the database, again each second until it takes it or the time is over."""
@@ -313,6 +353,8 @@ class Worker:
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""
         self._db.begin()
+        for task_id in self._db.removals():
+            self._remove_files(task_id)
         for task in self._db.orphans():
             (self._config.output_dir / f".{task.id}.part").unlink(missing_ok=True)
             found = self._finished_file(task)
@@ -325,7 +367,7 @@ class Worker:
         for extension in images.EXTENSIONS:
             path = self._config.output_dir / f"{task.id}.{extension}"
             try:
-                return path, self._decode(images.inspect, path)
+                return path, self._decoder.inspect(path)
             except FileNotFoundError:
                 continue
             except images.ImageError:
@@ -382,6 +424,11 @@ class _QueueLock:
         except BlockingIOError:
             return False
         return True
+
+
+def thumbnail_path(config: Config, task_id: str) -> Path:
+    """Return where the thumbnail of a task's picture is kept."""
+    return config.output_dir / "thumbnails" / f"{task_id}.webp"
 
 
 def backoff(attempts: int, base: float, jitter: float) -> float:

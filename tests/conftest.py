@@ -6,6 +6,7 @@ import pytest
 from upstream import Upstream, serving
 
 import config as settings
+from app import close, create_app
 from db import Database
 
 TOKEN = "cpk_0123456789abcdef0123456789abcdef.fedcba98.ThisIsTheSecretOfTheTests"
@@ -28,6 +29,20 @@ def wait_until(fact, seconds=20, what="the fact did not come about"):
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
     return found
+
+
+def submit(client, prompt="a fox", **fields):
+    answer = client.post("/generate", json={"prompt": prompt, **fields})
+    assert answer.status_code == 202, answer.json
+    return answer.json["id"]
+
+
+def finished(client, task_id):
+    def look():
+        task = client.get(f"/status/{task_id}").json
+        return task if task["status"] in ("completed", "failed") else None
+
+    return wait_until(look)
 
 
 @pytest.fixture
@@ -57,3 +72,31 @@ def database(tmp_path):
 def upstream():
     with serving(Upstream()) as server:
         yield server
+
+
+@pytest.fixture
+def serve(configure, upstream):
+    """Return a maker of clients of an application of their own."""
+    made = []
+
+    def make(**values):
+        app = create_app(configure(CHUTES_API_URL=upstream.url, **values))
+        made.append(app)
+        return app.test_client()
+
+    yield make
+    upstream.gate.set()
+    for app in made:
+        close(app)
+
+
+@pytest.fixture
+def client(serve):
+    return serve()
+
+
+@pytest.fixture
+def paused(serve, upstream):
+    """Return a client of an application whose calls do not return."""
+    upstream.gate.clear()
+    return serve(CONCURRENCY=1, SHUTDOWN_GRACE=0)

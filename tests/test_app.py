@@ -9,53 +9,12 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN, wait_until
+from conftest import TOKEN, finished, submit, wait_until
 from upstream import Answer, picture, refusal
 
-from app import MAX_BODY, close, create_app
+from app import close, create_app
 from db import DatabaseError
-
-
-@pytest.fixture
-def serve(configure, upstream):
-    """Return a maker of clients of an application of their own."""
-    made = []
-
-    def make(**values):
-        app = create_app(configure(CHUTES_API_URL=upstream.url, **values))
-        made.append(app)
-        return app.test_client()
-
-    yield make
-    upstream.gate.set()
-    for app in made:
-        close(app)
-
-
-@pytest.fixture
-def client(serve):
-    return serve()
-
-
-@pytest.fixture
-def paused(serve, upstream):
-    """Return a client of an application whose calls do not return."""
-    upstream.gate.clear()
-    return serve(CONCURRENCY=1, SHUTDOWN_GRACE=0)
-
-
-def submit(client, prompt="a fox", **fields):
-    answer = client.post("/generate", json={"prompt": prompt, **fields})
-    assert answer.status_code == 202, answer.json
-    return answer.json["id"]
-
-
-def finished(client, task_id):
-    def look():
-        task = client.get(f"/status/{task_id}").json
-        return task if task["status"] in ("completed", "failed") else None
-
-    return wait_until(look)
+from tasks import MAX_BODY
 
 
 def test_a_prompt_becomes_a_picture_on_disk(client, upstream, tmp_path):
@@ -92,7 +51,7 @@ def test_the_status_has_the_seven_keys_first_and_all_the_others(client, upstream
     assert list(task) == [
         *("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"),
         *("error_code", "model", "params", "priority", "attempts", "queue_position"),
-        *("waiting_for", "started_at", "finished_at", "image"),
+        *("waiting_for", "started_at", "finished_at", "image", "retried_as"),
     ]
     assert (task["prompt"], task["status"], task["model"]) == (
         "füchse 🦊",

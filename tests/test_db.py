@@ -1,8 +1,10 @@
 """The tables: what is claimed next, who may end it, and what outlives what."""
 
+import fcntl
 import multiprocessing
 import sqlite3
 import threading
+from contextlib import contextmanager
 
 import pytest
 
@@ -310,6 +312,47 @@ def test_the_next_task_is_found_by_steps_in_an_index(database):
     assert all(step.startswith("SEARCH") for step in on_tasks)
 
 
+LISTS = {
+    "all": (None, None, None, 50),
+    "by status": ("pending", None, None, 50),
+    "by model": (None, "m1", None, 50),
+    "by both": ("pending", "m1", None, 50),
+    "a later page": ("pending", "m1", 20, 50),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_served_by_an_index(database, name):
+    fill(database, 100)
+    with traced(database) as statements:
+        assert database.newest(*LISTS[name])
+    (sql,) = [statement for statement in statements if "FROM tasks" in statement]
+    (step,) = plan(database, sql, ())
+    assert step.startswith("SEARCH tasks USING") or (name == "all" and step == "SCAN tasks")
+
+
+def test_place_and_status_are_served_by_an_index(database):
+    fill(database, 100)
+    with traced(database) as statements:
+        database.standing(database.get("t50"), (60, 60), NOW)
+    on_tasks = [sql for sql in statements if "FROM tasks" in sql]
+    steps = [step for sql in on_tasks for step in plan(database, sql, ()) if "tasks" in step]
+    assert len(steps) >= 4
+    assert all(step.startswith(("SEARCH tasks USING", "SCAN tasks USING")) for step in steps)
+    # The one scan is of the index of those under way, at most CONCURRENCY entries.
+    scans = [step for step in steps if step.startswith("SCAN")]
+    assert all(step.endswith("INDEX tasks_processing") for step in scans)
+
+
+@contextmanager
+def traced(database):
+    """Collect the statements that the reading connection runs."""
+    statements = []
+    database._reader.set_trace_callback(statements.append)
+    yield statements
+    database._reader.set_trace_callback(None)
+
+
 def steps_taken(database, work):
     """Count the instructions of SQLite's machine, in tens."""
     taken = []
@@ -411,6 +454,18 @@ def test_processes_never_claim_the_same_task(database):
         ("pending", 300),
     ]
     assert rows(database, "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_write_waits_for_the_lock_that_all_processes_share(database):
+    with open(f"{database.path}.lock", "rb+") as lock:  # noqa: PTH123
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        writer = threading.Thread(target=add, args=(database, "a"))
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive() and database.get("a") is None
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        writer.join(10)
+    assert database.get("a")
 
 
 def test_threads_add_without_waiting_on_each_other_for_ever(database):

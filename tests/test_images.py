@@ -43,11 +43,11 @@ def test_other_bytes_are_no_image(tmp_path, data):
     assert (error.value.code, error.value.again) == ("not_an_image", True)
 
 
-def noise(kind):
+def noise(kind, **options):
     """Return an image of many bytes, so that there is something to cut off."""
     rows = random.Random(1).randbytes(200 * 200 * 3)
     out = io.BytesIO()
-    Image.frombytes("RGB", (200, 200), rows).save(out, kind)
+    Image.frombytes("RGB", (200, 200), rows).save(out, kind, **options)
     return out.getvalue()
 
 
@@ -61,8 +61,18 @@ def test_an_image_that_ends_early_is_found_out(tmp_path, kind, kept):
     assert (error.value.code, error.value.again) == ("upstream_truncated", True)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_not_one_byte_may_be_missing(tmp_path, kind):
+    data = picture(kind)
+    for kept in range(len(data)):
+        with pytest.raises(images.ImageError):
+            images.inspect(saved(tmp_path / "x", data[:kept]))
+    assert images.inspect(saved(tmp_path / "x", data)).bytes == len(data)
+
+
 def test_a_png_with_a_wrong_bit_is_found_out(tmp_path):
-    data = bytearray(noise("PNG"))
+    # Stored without compression, so that nothing but the checksum can tell.
+    data = bytearray(noise("PNG", compress_level=0))
     data[len(data) // 2] ^= 1
     with pytest.raises(images.BrokenImage):
         images.inspect(saved(tmp_path / "x", bytes(data)))
@@ -76,7 +86,9 @@ def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
 
 
 def test_a_decompression_bomb_is_only_too_large(tmp_path):
-    data = picture("PNG", (20000, 20000))
+    out = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(out, "PNG")
+    data = out.getvalue()
     with pytest.raises(images.TooManyPixels):
         images.inspect(saved(tmp_path / "x", data))
 
@@ -94,12 +106,15 @@ def test_only_one_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
             inside.pop()
 
     monkeypatch.setattr(images, "_decode", watched)
-    threads = [threading.Thread(target=images.inspect, args=(path,)) for _ in range(8)]
+    decoder = images.Decoder()
+    threads = [threading.Thread(target=decoder.inspect, args=(path,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    decoder.close()
     assert most == [1] * 8
+    assert [t for t in threading.enumerate() if t.name.startswith("decode")] == []
 
 
 def test_a_whole_image_gets_its_final_name(tmp_path):

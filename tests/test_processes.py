@@ -312,6 +312,106 @@ def test_streaming_is_flat(start, upstream):
     assert memory(runner, "VmHWM") - before < 64 * 1024 * 1024
 
 
+# Waiting, canceling and fetching, over all processes
+
+
+def test_waiters_leave_threads_for_the_others(start, upstream):
+    server = start(THREADS=8)
+    server.running()
+    upstream.gate.clear()
+    task_id = server.submit()
+    wait_until(lambda: upstream.at_once == 1)
+    answers = []
+
+    def wait():
+        answers.append(server.request("GET", f"/status/{task_id}?wait=60", timeout=70))
+
+    waiters = [threading.Thread(target=wait) for _ in range(30)]
+    for thread in waiters:
+        thread.start()
+    # Of 2 x 8 threads half may wait; the others were answered at once.
+    wait_until(lambda: len(answers) == 30 - 8)
+    for _ in range(50):
+        assert server.status(task_id)["status"] == "processing"
+    assert len(answers) == 30 - 8, "the others still wait"
+    upstream.gate.set()
+    for thread in waiters:
+        thread.join(30)
+    assert [answer[2]["status"] for answer in answers[22:]] == ["completed"] * 8
+
+
+def test_a_cancel_in_any_process_frees_the_upstream(start, upstream):
+    server = start(CONCURRENCY=4)
+    server.running()
+    upstream.gate.clear()
+    ids = submit(server, 4)
+    wait_until(lambda: upstream.at_once == 4)
+    for left, task_id in ((3, ids[0]), (2, ids[1])):
+        status, _, task = server.request("POST", f"/tasks/{task_id}/cancel")
+        assert (status, task["status"], task["error_code"]) == (200, "failed", "canceled")
+        assert upstream.at_once == left
+    elsewhere = Database(server.folder / "tasks.sqlite3")
+    for task_id in ids[2:]:
+        elsewhere.cancel(task_id, time.time())
+    elsewhere.close()
+    wait_until(lambda: upstream.at_once == 0)
+    assert [task["error_code"] for task in server.all_end(ids)] == ["canceled"] * 4
+
+
+def test_a_process_that_stops_lets_its_waiters_go(start, upstream):
+    server = start(SHUTDOWN_GRACE=30)
+    server.running()
+    upstream.gate.clear()
+    task_id = server.submit()
+    wait_until(lambda: upstream.at_once == 1)
+    answers = []
+    waiter = threading.Thread(
+        target=lambda: answers.append(
+            server.request("GET", f"/images/{task_id}?wait=60", timeout=70)
+        )
+    )
+    waiter.start()
+    wait_until(lambda: len(established(server.port)) == 1)
+    server.send(signal.SIGTERM)
+    waiter.join(20)
+    assert answers[0][0] == 503
+    assert server.process.poll() is None, "the call has its grace"
+
+
+def established(port):
+    """Return the connections that are open to a port on loopback."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return [f for f in fields if f[1].endswith(f":{port:04X}") and f[3] == "01"]
+
+
+def test_curl_ends_with_the_picture_under_its_right_name(start, upstream, tmp_path):
+    server = start()
+    server.running()
+    upstream.decide = lambda fields: time.sleep(0.5) or Answer()
+    task_id = server.submit()
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    address = f"{server.address}/images/{task_id}"
+    command = ["curl", "-sfOJ", "--noproxy", "*", "--retry", "9", f"{address}?wait=60"]
+    subprocess.run(command, cwd=folder, check=True, timeout=60)
+    (file,) = folder.iterdir()
+    assert (file.name, file.read_bytes()) == (f"{task_id}.png", Answer().body)
+
+
+def test_curl_without_a_wait_comes_again(start, upstream, tmp_path):
+    server = start()
+    server.running()
+    upstream.gate.clear()
+    task_id = server.submit()
+    command = ["curl", "-sfOJ", "--noproxy", "*", "--retry", "9"]
+    curl = subprocess.Popen([*command, f"{server.address}/images/{task_id}"], cwd=tmp_path)
+    wait_until(lambda: f"GET /images/{task_id} 503" in server.log())
+    upstream.gate.set()
+    assert curl.wait(60) == 0
+    assert (tmp_path / f"{task_id}.png").read_bytes() == Answer().body
+
+
 # Starting, and refusing to
 
 

@@ -27,7 +27,9 @@ class Queue:
         self.upstream = upstream
         self.clock = clock
         self.db = Database(config.database_path)
-        self.worker = Worker(config, self.db, Chutes(config, clock), clock, lambda: 0.0)
+        self.decoder = images.Decoder()
+        client = Chutes(config, clock)
+        self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: 0.0)
 
     def add(self, prompt="p", model="m", priority=0):
         task_id = str(uuid.uuid4())
@@ -70,6 +72,7 @@ class Queue:
 
     def close(self):
         self.worker.stop()
+        self.decoder.close()
         self.db.close()
 
 
@@ -152,11 +155,11 @@ def test_a_spoiled_image_is_tried_again_and_then_failed(make, upstream, tmp_path
     task = q.until(task_id, attempts=1)
     assert (task.status, task.not_before) == ("pending", q.clock.now + 7)
     assert q.waits(task_id).startswith("attempt 2 of 2 at ")
-    assert q.waits(task_id).endswith(", after: The image ended early")
+    assert q.waits(task_id).endswith(", after: The image ended early or does not decode")
     q.clock.now += 7
     task = q.ended(task_id)
     assert (task.error_code, task.attempts) == ("upstream_truncated", 2)
-    assert task.error == "The image ended early (attempt 2 of 2)"
+    assert task.error == "The image ended early or does not decode (attempt 2 of 2)"
     assert q.files() == []
     assert len(upstream.calls) == 2
 

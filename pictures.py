@@ -1,0 +1,116 @@
+"""The routes of pictures: the bytes as Chutes sent them, and a small one to look through."""
+
+import hashlib
+import io
+import logging
+from pathlib import Path
+
+from flask import Blueprint, Response, abort, jsonify, request, send_file
+
+import images
+from config import Config
+from db import Database, Task
+from images import Decoder
+from tasks import known, wait_seconds
+from worker import Worker, thumbnail_path
+
+# What a client that may not wait is told to wait; one that has waited may ask at once.
+_RETRY_SECONDS = 5
+
+log = logging.getLogger("pictures")
+
+
+def blueprint(config: Config, database: Database, worker: Worker, decoder: Decoder) -> Blueprint:
+    """Build the routes over this database, and a decoder for the thumbnails."""
+    routes = Blueprint("pictures", __name__)
+
+    @routes.get("/images/<name>")
+    def image(name: str) -> Response:
+        task_id, dot, extension = name.partition(".")
+        task = known(database, task_id, worker, wait_seconds())
+        if task.status != "completed":
+            return _not_yet_or_never(task)
+        path = _path(task, config)
+        if dot and path.suffix != f".{extension}":
+            abort(404, f"The picture of this task is {path.name}")
+        return _send(path, task, path, task.content_type, task.sha256)
+
+    @routes.get("/images/<task_id>/thumbnail")
+    def thumbnail(task_id: str) -> Response:
+        task = known(database, task_id)
+        if task.status != "completed":
+            return _not_yet_or_never(task)
+        original = _path(task, config)
+        if not original.exists():
+            return _gone(task)
+        kept = thumbnail_path(config, task.id)
+        try:
+            data = _kept(kept) or decoder.thumbnail(original)
+        except (images.ImageError, FileNotFoundError):
+            return _gone(task)
+        if not kept.exists():
+            _keep(kept, data)
+            if database.get(task.id) is None:
+                kept.unlink(missing_ok=True)
+        return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
+
+    return routes
+
+
+def _path(task: Task, config: Config) -> Path:
+    """Return where the picture is: where it was put, or in a folder that has moved."""
+    path = Path(task.file_path)
+    return path if path.exists() else config.output_dir / path.name
+
+
+def _kept(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Keep a thumbnail; where that fails, it is made again the next time."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        images.store(path, data)
+    except OSError as error:
+        log.warning("a thumbnail cannot be kept: %s", error)
+
+
+def _send(
+    file: Path | io.BytesIO, task: Task, name: Path, content_type: str, etag: str
+) -> Response:
+    try:
+        response = send_file(file, content_type, conditional=True, etag=etag)
+    except FileNotFoundError:
+        return _gone(task)
+    response.headers["Content-Disposition"] = f'inline; filename="{name.name}"'
+    response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    return response
+
+
+def _not_yet_or_never(task: Task) -> Response:
+    if task.status == "failed":
+        answer = jsonify(
+            error=f"The task has failed: {task.error}",
+            status=task.status,
+            error_code=task.error_code,
+        )
+        answer.status_code = 409
+        return answer
+    answer = jsonify(error=f"The picture is not there yet: {task.status}", status=task.status)
+    answer.status_code = 503
+    answer.headers["Retry-After"] = "1" if "wait" in request.args else str(_RETRY_SECONDS)
+    return answer
+
+
+def _gone(task: Task) -> Response:
+    answer = jsonify(
+        error="The picture was made, but its file is no longer there; retry the task to make one",
+        status=task.status,
+    )
+    answer.status_code = 410
+    return answer

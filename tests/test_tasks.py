@@ -1,0 +1,468 @@
+"""Tasks and the queue over HTTP: list, look, cancel, retry, delete, pause."""
+
+import json
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from conftest import finished, submit, wait_until
+from upstream import Answer, refusal
+
+from db import ALL_MODELS
+
+
+def failed(client, upstream, detail="no", prompt="p"):
+    """Return a task that has failed for good."""
+    upstream.decide = lambda fields: refusal(400, detail)
+    task = finished(client, submit(client, prompt))
+    assert task["status"] == "failed"
+    upstream.decide = lambda fields: Answer()
+    return task
+
+
+# Listing
+
+
+def test_the_newest_come_first_in_pages(client):
+    ids = [finished(client, submit(client, f"p{n}"))["id"] for n in range(7)]
+    seen, url = [], "/tasks?limit=3"
+    while url:
+        answer = client.get(url)
+        assert answer.status_code == 200
+        seen.append([task["id"] for task in answer.json["tasks"]])
+        url = answer.json["next"]
+        link = f'<{url}>; rel="next"' if url else None
+        assert answer.headers.get("Link") == link
+    assert [len(page) for page in seen] == [3, 3, 1]
+    assert [task_id for page in seen for task_id in page] == ids[::-1]
+
+
+def test_a_page_that_is_just_full_has_no_next(client):
+    for _ in range(3):
+        submit(client)
+    assert client.get("/tasks?limit=3").json["next"] is None
+
+
+def test_new_tasks_do_not_shift_the_pages(client):
+    ids = [submit(client) for _ in range(4)]
+    following = client.get("/tasks?limit=2").json["next"]
+    submit(client)
+    assert [task["id"] for task in client.get(following).json["tasks"]] == ids[1::-1]
+
+
+def test_a_list_can_be_narrowed(client, upstream):
+    completed = finished(client, submit(client, model="x"))["id"]
+    bad = failed(client, upstream)["id"]
+
+    def listed(query):
+        return [task["id"] for task in client.get(f"/tasks?{query}").json["tasks"]]
+
+    assert listed("status=failed") == [bad]
+    assert listed("status=completed&model=x") == [completed]
+    assert listed("model=qwen-image") == [bad]
+    assert listed("status=failed&model=x") == []
+    assert listed("") == [bad, completed]
+
+
+def test_the_next_page_is_narrowed_as_this_one(client):
+    for _ in range(2):
+        submit(client, model="x/y:z")
+    url = client.get("/tasks?model=x/y:z&limit=1").json["next"]
+    submit(client)
+    assert [task["model"] for task in client.get(url).json["tasks"]] == ["x/y:z"]
+
+
+def test_a_listed_task_is_as_its_status(client):
+    task = finished(client, submit(client))
+    assert client.get("/tasks").json["tasks"] == [task]
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("status=done", "pending, processing, completed, failed"),
+        ("status=", "pending, processing, completed, failed"),
+        ("limit=0", "1 to 200"),
+        ("limit=201", "1 to 200"),
+        ("limit=ten", "1 to 200"),
+        ("before=x", "next"),
+        ("before=-1", "next"),
+        ("before=" + "9" * 30, "next"),
+        ("state=failed", "status, model, limit, before"),
+    ],
+)
+def test_a_bad_list_is_refused_by_name(client, query, words):
+    answer = client.get(f"/tasks?{query}")
+    assert answer.status_code == 400
+    assert words in answer.json["error"]
+
+
+# One task with its calls
+
+
+def test_a_task_tells_what_happened_call_by_call(serve, upstream):
+    client = serve(RETRY_BACKOFF=0.01)
+    answers = iter([refusal(500, "no"), Answer(headers={"X-Chutes-InvocationID": "inv-2"})])
+    upstream.decide = lambda fields: next(answers)
+    task = finished(client, submit(client))
+    answer = client.get(f"/tasks/{task['id']}").json
+    calls = answer.pop("calls")
+    assert answer == task
+    assert [(c["number"], c["http_status"], c["outcome"], c["invocation_id"]) for c in calls] == [
+        (1, 500, "upstream_error", None),
+        (2, 200, "completed", "inv-2"),
+    ]
+    assert all(0 <= call["seconds"] < 30 for call in calls)
+    assert all(datetime.strptime(call["started"], "%Y-%m-%d %H:%M:%S") for call in calls)
+
+
+def test_an_unknown_task_is_404_everywhere(client):
+    unknown = f"/tasks/{uuid.uuid4()}"
+    for method, path in [
+        ("GET", unknown),
+        ("DELETE", unknown),
+        ("POST", f"{unknown}/cancel"),
+        ("POST", f"{unknown}/retry"),
+    ]:
+        answer = client.open(path, method=method)
+        assert (answer.status_code, answer.json) == (404, {"error": "Task not found"})
+
+
+# Waiting
+
+
+@pytest.mark.parametrize("path", ["/status/{}", "/tasks/{}"])
+def test_a_task_can_be_waited_for(paused, upstream, path):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    upstream.gate.set()
+    assert paused.get(path.format(task_id) + "?wait=60").json["status"] == "completed"
+
+
+def test_a_wait_that_is_over_answers_as_without_one(paused, upstream):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    answer = paused.get(f"/status/{task_id}?wait=1")
+    assert (answer.status_code, answer.json["status"]) == (200, "processing")
+
+
+def test_a_wait_for_a_task_that_is_deleted_ends(paused, upstream):
+    submit(paused)
+    wait_until(lambda: upstream.at_once)
+    task_id = submit(paused)
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(
+            paused.application.test_client().get(f"/status/{task_id}?wait=60")
+        )
+    )
+    thread.start()
+    waiters = paused.application.extensions["worker"].waiters
+    wait_until(lambda: waiters._waiting)
+    assert paused.delete(f"/tasks/{task_id}").status_code == 204
+    thread.join(10)
+    assert answers[0].status_code == 404
+
+
+# Cancel
+
+
+def test_a_pending_task_is_canceled_at_once(paused, upstream):
+    submit(paused, "running")
+    wait_until(lambda: upstream.at_once)
+    task_id = submit(paused, "unwanted")
+    answer = paused.post(f"/tasks/{task_id}/cancel")
+    assert answer.status_code == 200
+    assert (answer.json["status"], answer.json["error_code"]) == ("failed", "canceled")
+    assert answer.json["finished_at"] and answer.json["error"]
+    upstream.gate.set()
+    finished(paused, submit(paused, "next"))
+    assert "unwanted" not in upstream.prompts()
+
+
+def test_a_cancel_cuts_the_call_that_is_under_way(paused, upstream):
+    task_id = submit(paused, "unwanted")
+    wait_until(lambda: upstream.at_once)
+    answer = paused.post(f"/tasks/{task_id}/cancel")
+    assert answer.status_code == 200
+    assert (answer.json["status"], answer.json["error_code"]) == ("failed", "canceled")
+    wait_until(lambda: upstream.cut == ["unwanted"])
+    assert upstream.at_once == 0
+    calls = paused.get(f"/tasks/{task_id}").json["calls"]
+    assert [call["outcome"] for call in calls] == ["canceled"]
+    outputs = Path(paused.application.extensions["worker"]._config.output_dir)
+    assert list(outputs.iterdir()) == []
+
+
+def test_a_place_that_a_cancel_frees_is_used(paused, upstream):
+    first = submit(paused, "unwanted")
+    wait_until(lambda: upstream.at_once)
+    submit(paused, "wanted")
+    paused.post(f"/tasks/{first}/cancel")
+    wait_until(lambda: upstream.prompts() == ["unwanted", "wanted"])
+
+
+def test_an_ended_task_stays_as_it_is(client, upstream):
+    task = finished(client, submit(client))
+    answer = client.post(f"/tasks/{task['id']}/cancel")
+    assert (answer.status_code, answer.json) == (200, task)
+    bad = failed(client, upstream)
+    assert client.post(f"/tasks/{bad['id']}/cancel").json == bad
+
+
+def test_a_task_that_is_being_canceled_has_no_next_attempt(client, upstream):
+    database = client.application.extensions["database"]
+
+    def cancel_meanwhile(fields):
+        database.cancel(task_id, time.time())
+        return refusal(500, "try again")
+
+    upstream.gate.clear()
+    task_id = submit(client)
+    wait_until(lambda: upstream.at_once)
+    # The mark of the cancel without its cut: as if the answer had come at that instant.
+    client.application.extensions["worker"]._cut_canceled = lambda: None
+    upstream.decide = cancel_meanwhile
+    upstream.gate.set()
+    assert finished(client, task_id)["error_code"] == "canceled"
+    assert len(upstream.calls) == 1
+
+
+# Retry
+
+
+def test_a_retry_is_a_new_task_with_the_same_input(client, upstream):
+    upstream.decide = lambda fields: refusal(400, "no")
+    old = finished(client, submit(client, "a fox", width=512, seed=4, priority=3, model="x"))
+    upstream.decide = lambda fields: Answer()
+    answer = client.post(f"/tasks/{old['id']}/retry")
+    assert answer.status_code == 202
+    assert list(answer.json) == ["id", "status", "message"]
+    assert answer.headers["Location"] == f"/status/{answer.json['id']}"
+    new = finished(client, answer.json["id"])
+    same = ("prompt", "model", "params", "priority")
+    assert [new[name] for name in same] == [old[name] for name in same]
+    assert new["id"] != old["id"] and new["attempts"] == 1
+    old_now = client.get(f"/status/{old['id']}").json
+    assert old_now == {**old, "retried_as": new["id"]}
+
+
+def test_a_completed_task_can_be_made_again(client):
+    task = finished(client, submit(client))
+    assert client.post(f"/tasks/{task['id']}/retry").status_code == 202
+
+
+def test_a_task_that_has_not_ended_is_not_retried(paused, upstream):
+    tasks = [submit(paused), submit(paused)]
+    wait_until(lambda: upstream.at_once)
+    for task_id, status in zip(tasks, ("processing", "pending"), strict=True):
+        answer = paused.post(f"/tasks/{task_id}/retry")
+        assert (answer.status_code, answer.json["status"]) == (409, status)
+    assert len(paused.get("/tasks").json["tasks"]) == 2
+
+
+def test_all_that_failed_are_retried_once(serve, upstream):
+    client = serve(CONCURRENCY=1, MAX_ATTEMPTS=1)
+    for n in range(3):
+        failed(client, upstream, prompt=f"p{n}")
+    upstream.decide = lambda fields: Answer(body=b"no image")
+    assert finished(client, submit(client, "other"))["error_code"] == "not_an_image"
+    upstream.decide = lambda fields: Answer()
+    answer = client.post("/tasks/retry?error_code=upstream_rejected")
+    assert (answer.status_code, answer.json) == (202, {"retried": 3})
+    assert client.post("/tasks/retry?error_code=upstream_rejected").json == {"retried": 0}
+    assert client.post("/tasks/retry").json == {"retried": 1}
+    assert client.post("/tasks/retry").json == {"retried": 0}
+    wait_until(lambda: not client.get("/tasks?status=pending").json["tasks"])
+    assert upstream.prompts()[-4:] == ["p0", "p1", "p2", "other"]
+
+
+def test_what_fails_meanwhile_is_not_retried_for_ever(client, upstream):
+    task = failed(client, upstream)
+    upstream.decide = lambda fields: refusal(400, "no")
+    assert client.post("/tasks/retry").json == {"retried": 1}
+    retried = client.get(f"/status/{task['id']}").json["retried_as"]
+    assert finished(client, retried)["retried_as"] is None
+
+
+def test_more_failures_than_one_step_takes_are_all_retried(client):
+    database = client.application.extensions["database"]
+    database.pause()
+    with database._write() as connection:
+        connection.executemany(
+            """INSERT INTO tasks (id, prompt, model, params, priority, status, error_code,
+                                  created_at, updated_at)
+               VALUES (?, 'p', 'm', '{}', 0, 'failed', 'expired', '', '')""",
+            ((f"t{n}",) for n in range(1201)),
+        )
+    assert client.post("/tasks/retry?error_code=expired").json == {"retried": 1201}
+
+
+@pytest.mark.parametrize("query", ["error_code=nonsense", "code=expired"])
+def test_an_unknown_error_code_is_refused(client, query):
+    answer = client.post(f"/tasks/retry?{query}")
+    assert answer.status_code == 400
+    assert "error_code" in answer.json["error"]
+
+
+# Delete
+
+
+def test_a_deleted_task_is_gone_with_its_files(client, tmp_path):
+    task = finished(client, submit(client))
+    client.get(f"/images/{task['id']}/thumbnail")
+    answer = client.delete(f"/tasks/{task['id']}")
+    assert (answer.status_code, answer.data) == (204, b"")
+    assert client.get(f"/status/{task['id']}").status_code == 404
+    assert client.get(f"/images/{task['id']}").status_code == 404
+    files = [file for file in (tmp_path / "outputs").rglob("*") if file.is_file()]
+    assert files == []
+
+
+def test_a_pending_task_can_be_deleted(paused, upstream):
+    submit(paused)
+    wait_until(lambda: upstream.at_once)
+    task_id = submit(paused, "unwanted")
+    assert paused.delete(f"/tasks/{task_id}").status_code == 204
+    upstream.gate.set()
+    finished(paused, submit(paused))
+    assert "unwanted" not in upstream.prompts()
+
+
+def test_a_task_under_way_is_not_deleted(paused, upstream):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    answer = paused.delete(f"/tasks/{task_id}")
+    assert (answer.status_code, answer.json["status"]) == (409, "processing")
+    upstream.gate.set()
+    assert finished(paused, task_id)["status"] == "completed"
+
+
+def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
+    client = serve()
+    task = finished(client, submit(client))
+    client.application.extensions["worker"].stop()
+    assert client.application.extensions["database"].remove(task["id"])
+    assert Path(task["file_path"]).exists()
+    finished(serve(), submit(serve()))
+    assert not Path(task["file_path"]).exists()
+
+
+# The queue
+
+
+def test_the_queue_tells_how_it_stands(serve, upstream):
+    upstream.gate.clear()
+    client = serve(CONCURRENCY=2, RATE_LIMIT="90/60", SHUTDOWN_GRACE=0)
+    assert client.get("/queue").json == {
+        "pending": 0,
+        "processing": 0,
+        "paused": False,
+        "pause_reason": None,
+        "concurrency": 2,
+        "rate_limit": "90/60",
+        "oldest_pending_seconds": None,
+        "calls_today": 0,
+        "held": [],
+        "quota": None,
+    }
+    for _ in range(5):
+        submit(client)
+    wait_until(lambda: upstream.at_once == 2)
+    queue = client.get("/queue").json
+    assert (queue["pending"], queue["processing"], queue["calls_today"]) == (3, 2, 2)
+    assert queue["oldest_pending_seconds"] in range(30)
+
+
+def test_a_paused_queue_starts_nothing_until_it_is_resumed(client, upstream):
+    answer = client.post("/queue/pause")
+    assert answer.status_code == 200
+    assert (answer.json["paused"], answer.json["pause_reason"]) == (True, None)
+    assert answer.json == client.get("/queue").json
+    task_id = submit(client)
+    task = client.get(f"/status/{task_id}?wait=1").json
+    assert (task["status"], task["waiting_for"]) == ("pending", "the queue is paused")
+    assert upstream.calls == []
+    answer = client.post("/queue/resume")
+    assert (answer.status_code, answer.json["paused"]) == (200, False)
+    assert finished(client, task_id)["status"] == "completed"
+
+
+def test_a_pause_outlives_a_restart(serve, upstream):
+    first = serve()
+    first.post("/queue/pause")
+    first.application.extensions["worker"].stop()
+    second = serve()
+    task_id = submit(second)
+    assert second.get(f"/status/{task_id}?wait=1").json["waiting_for"] == "the queue is paused"
+    assert second.get("/queue").json["paused"] is True
+    assert upstream.calls == []
+
+
+def test_a_resume_lifts_a_pause_of_the_queues_own(client, upstream):
+    upstream.decide = lambda fields: refusal(401, "Invalid token.")
+    assert finished(client, submit(client))["error_code"] == "upstream_auth"
+    queue = client.get("/queue").json
+    assert (queue["paused"], queue["pause_reason"]) == (
+        True,
+        "Chutes refused the API token (401)",
+    )
+    task_id = submit(client)
+    waits = client.get(f"/status/{task_id}").json["waiting_for"]
+    assert waits == "the queue is paused: Chutes refused the API token (401)"
+    upstream.decide = lambda fields: Answer()
+    client.post("/queue/resume")
+    assert finished(client, task_id)["status"] == "completed"
+
+
+def test_what_is_held_is_told(client, upstream):
+    upstream.decide = lambda fields: refusal(429, "later", Retry_After="600")
+    task_id = submit(client, model="x")
+    (held,) = wait_until(lambda: client.get("/queue").json["held"])
+    assert (held["model"], held["reason"]) == ("x", "Chutes has no free capacity for x")
+    until = datetime.strptime(held["until"], "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
+    assert 500 < until.timestamp() - time.time() <= 600
+    assert client.get(f"/status/{task_id}").json["waiting_for"].startswith(held["reason"])
+
+
+def test_a_hold_of_all_is_told_as_such(client, upstream):
+    detail = {"message": "Quota", "quota_reset_timestamp": "2999-01-01T00:00:00+00:00"}
+    upstream.decide = lambda fields: refusal(402, detail)
+    submit(client)
+    (held,) = wait_until(lambda: client.get("/queue").json["held"])
+    assert (held["model"], held["until"]) == (ALL_MODELS, "2999-01-01 00:00:00")
+
+
+@pytest.mark.parametrize(
+    ("values", "quota"),
+    [
+        (("300", "12", "288"), {"total": 300, "used": 12, "remaining": 288}),
+        (("300", "1.5", "298.5"), {"total": 300, "used": 1.5, "remaining": 298.5}),
+        (("300", "12", "<script>"), None),
+        (("", "", ""), None),
+    ],
+)
+def test_the_quota_is_what_chutes_said_last(client, upstream, values, quota):
+    names = ("X-Chutes-Quota-Total", "X-Chutes-Quota-Used", "X-Chutes-Quota-Remaining")
+    upstream.decide = lambda fields: Answer(headers=dict(zip(names, values, strict=True)))
+    finished(client, submit(client))
+    assert client.get("/queue").json["quota"] == quota
+
+
+def test_every_answer_is_json_with_a_newline(client):
+    task_id = submit(client)
+    for method, path in [
+        ("GET", "/tasks"),
+        ("GET", f"/tasks/{task_id}"),
+        ("POST", f"/tasks/{task_id}/cancel"),
+        ("POST", "/tasks/retry"),
+        ("GET", "/queue"),
+        ("POST", "/queue/pause"),
+        ("POST", "/queue/resume"),
+    ]:
+        answer = client.open(path, method=method)
+        assert json.loads(answer.data) is not None
+        assert answer.data.endswith(b"}\n")
