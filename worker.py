@@ -123,7 +123,7 @@ class Worker:
                 self._stand_by()
             log.info("this process runs the queue")
             with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
-                self._insist(self._recover)
+                self._insist(self._recover, self._should_drain)
                 while not self._should_drain():
                     self._turn(pool)
                 self.waiters.release()
@@ -229,7 +229,7 @@ class Worker:
             end = functools.partial(self._fail, task, "internal", message, Reply())
         # Before the row: what dies in between is still found as an orphan.
         part.unlink(missing_ok=True)
-        self._insist(functools.partial(end, time.monotonic() - began))
+        self._insist(functools.partial(end, time.monotonic() - began), self._over.is_set)
         del self._lines[task.id]
         self._wake.set()
 
@@ -339,9 +339,9 @@ class Worker:
         )
         return Call(outcome, seconds, reply.status, reply.invocation_id, reply.quota)
 
-    def _insist(self, write: Callable[[], None]) -> None:
-        """Write to the database, again each second until it takes it or the time is over."""
-        while not self._over.is_set():
+    def _insist(self, write: Callable[[], None], gives_up: Callable[[], bool]) -> None:
+        """Write to the database, again each second until it takes it or it is too late."""
+        while not gives_up():
             try:
                 return write()
             except DatabaseError as error:

@@ -538,6 +538,18 @@ def test_stopping_ends_every_thread_and_frees_the_lock(make):
     second.until(second.add(), status="completed")
 
 
+def test_it_stops_while_its_database_fails(make, monkeypatch):
+    q = make()
+    tries = []
+    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    monkeypatch.setattr(q.db, "begin", lambda: tries.append(1) or raising(DatabaseError("gone")))
+    q.start()
+    wait_until(lambda: len(tries) > 1)
+    q.worker.drain()
+    q.worker._thread.join(10)
+    assert not q.worker._thread.is_alive()
+
+
 def test_a_stopped_worker_does_not_start_again(make, upstream):
     q = make().start()
     q.worker.stop()
