@@ -33,7 +33,7 @@ log = logging.getLogger("app")
 
 
 def create_app(config: Config) -> Flask:
-    """Build the application: open the database, make the folder, but start no thread.
+    """Build the application: open the database, but start no thread.
 
     The worker is `app.extensions["worker"]`; who serves the application starts it, else
     the first request does, and whoever is done with it calls `close(app)`.
@@ -41,10 +41,12 @@ def create_app(config: Config) -> Flask:
     app = Flask(__name__, static_folder=None)
     # One byte more: Werkzeug ends a chunked body at its limit without a word.
     app.config["MAX_CONTENT_LENGTH"] = tasks.MAX_BODY + 1
+    # Not even an empty answer is HTML, and two slashes are not one.
+    app.response_class = type("JsonResponse", (Response,), {"default_mimetype": "application/json"})
+    app.url_map.merge_slashes = False
     app.json.sort_keys = False
     app.json.ensure_ascii = False
     app.json.compact = True
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     database = Database(config.database_path)
     decoder = Decoder()
     worker = Worker(config, database, Chutes(config), decoder)

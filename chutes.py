@@ -22,11 +22,13 @@ from typing import Any
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, NewConnectionError
 
 from config import Config
 
 MAX_RETRY_AFTER = 3600.0
+# A quota is a day's or a month's; a later reset is an error of the answer.
+MAX_QUOTA_WAIT = 32 * 86400.0
 _CONNECT_SECONDS = 10.0
 _ERROR_BODY_SECONDS = 10.0
 _ERROR_BODY_BYTES = 65536
@@ -116,23 +118,43 @@ class Line:
             self._timer.daemon = True
             self._timer.start()
 
-    def watch(self, connection: socket.socket) -> None:
-        """Take the socket of the connection that is being made."""
-        with self._lock:
-            # A duplicate stays valid when TLS takes the socket over, and shutting it
-            # down ends the reads and writes of both.
-            self._socket = connection.dup()
+    def connect(self, host: str, port: int, seconds: float) -> socket.socket:
+        """Connect to the first address that answers, in that time for all of them."""
+        deadline = time.monotonic() + seconds
+        error = OSError("no address")
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        ):
+            connection = socket.socket(family, kind, protocol)
+            try:
+                self._watch(connection)
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.connect(address)
+            except OSError as failure:
+                connection.close()
+                error = failure
+            else:
+                return connection
             if self.cut_for:
-                self._shut()
+                break
+        raise error
+
+    def _watch(self, connection: socket.socket) -> None:
+        with self._lock:
+            if self.cut_for:
+                raise OSError("the call was cut")
+            self._forget()
+            # A duplicate stays valid when TLS takes the socket over, and shutting it
+            # down ends the connect, the reads and the writes of both.
+            self._socket = connection.dup()
 
     def close(self) -> None:
         """Forget the connection and the time: nothing will be cut any more."""
         with self._lock:
             timer = self._timer
             self._cancel()
-            if self._socket:
-                self._socket.close()
-                self._socket = None
+            self._forget()
         if timer:
             timer.join()
 
@@ -140,6 +162,11 @@ class Line:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+    def _forget(self) -> None:
+        if self._socket:
+            self._socket.close()
+            self._socket = None
 
     def _shut(self) -> None:
         if self._socket:
@@ -186,7 +213,7 @@ class Chutes:
                     left = max(0, deadline - time.monotonic())
                     line.cut_after(min(left, _ERROR_BODY_SECONDS), "error body")
                     raise self._refusal(response, model, reply)
-                framed = "Content-Length" in response.headers or response.raw.chunked
+                framed = response.raw.chunked or response.raw.length_remaining is not None
                 self._stream(response, file, reply)
         except _NETWORK_FAULTS as error:
             raise self._fault(error, model, line, reply) from error
@@ -246,7 +273,7 @@ class Chutes:
         if line.cut_for and line.cut_for != "deadline":
             return Cut(line.cut_for)
         if not line.connected:
-            why = self._plain(_cause(error)) if error else "no answer"
+            why = "timed out" if line.cut_for else self._plain(_cause(error))
             headline = f"Chutes cannot be reached for {model} ({why})"
             return ChutesError(Remedy.HOLD_MODEL, "unavailable", headline)
         if line.cut_for:
@@ -301,7 +328,7 @@ class Chutes:
             headline = "Chutes wants payment (402)"
             advice = "Add balance to the account, then resume the queue"
             return refuse(Remedy.PAUSE, "upstream_payment", headline, text, advice)
-        wait = reset - self._clock()
+        wait = min(reset - self._clock(), MAX_QUOTA_WAIT)
         return refuse(
             Remedy.HOLD_ALL,
             "quota",
@@ -325,8 +352,11 @@ class Chutes:
     def _plain(self, text: Any) -> str:
         """Make text from upstream fit to be shown: no secret, one line, not long."""
         if not isinstance(text, str):
-            text = json.dumps(text) if text else ""
-        text = self._config.scrub(text).encode("utf-8", "replace").decode()
+            text = json.dumps(text, ensure_ascii=False) if text else ""
+        text = self._config.scrub(text)
+        if self._config.reveals_secret(text):
+            return "(not shown: it repeats a part of a secret)"
+        text = text.encode("utf-8", "replace").decode()
         text = " ".join(re.sub(r"[^\w\s!-~]", " ", text).split())
         return text if len(text) <= _DETAIL_LENGTH else text[:_DETAIL_LENGTH] + " ..."
 
@@ -339,14 +369,15 @@ class _Watched:
         self._line = line
 
     def _new_conn(self) -> socket.socket:
-        # urllib3 has no public place between the TCP connection and the TLS handshake.
-        connection = super()._new_conn()
-        self._line.watch(connection)
-        return connection
+        # urllib3 has no public place before the TCP connection and the TLS handshake.
+        try:
+            return self._line.connect(self._dns_host, self.port, self.timeout)
+        except OSError as error:
+            raise NewConnectionError(self, str(error)) from error
 
     def connect(self) -> None:
         super().connect()
-        self._line.connected = True
+        self._line.connected = not self._line.cut_for
 
 
 class _WatchedHTTP(_Watched, HTTPConnection):

@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
+# So many characters of a secret in a row are a part of it, and not a coincidence.
+_TELLING = 12
 _MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -64,6 +66,21 @@ class Config:
         """Return the text with the secrets in it, in whatever case, replaced by `***`."""
         return re.sub(re.escape(self.chutes_api_token), "***", text, flags=re.IGNORECASE)
 
+    def reveals_secret(self, text: str) -> bool:
+        """Tell whether a text repeats a secret or a part of one that is worth guarding.
+
+        A part is _TELLING characters; blanks between them, percent signs, backslashes and
+        case make no difference.
+        """
+        secret, told = _skeleton(self.chutes_api_token), _skeleton(text)
+        parts = range(len(secret) - _TELLING + 1)
+        return any(secret[start : start + _TELLING] in told for start in parts)
+
+
+def _skeleton(text: str) -> str:
+    """Return the letters, digits and signs of a text, whatever was put between them."""
+    return re.sub(r"[^!-~]|\\", "", unquote(text)).lower()
+
 
 def model_fault(model: str, one_label: bool) -> str | None:
     """Return the rule that a model's name breaks, or None.
@@ -95,15 +112,17 @@ def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
     return from_values({k: v.strip() for k, v in values.items() if v and v.strip()}, root)
 
 
-def reload() -> Config:
+def reload(check: Callable[[Config], None] = lambda config: None) -> Config:
     """Read the settings anew and put them in force for this process and its forks.
 
-    Where they are bad, those in force stay, and stderr says why; raises ConfigError
-    where there are none yet.
+    Where they are bad, or `check` raises ConfigError, those in force stay, and stderr
+    says why; raises it where there are none yet.
     """
     global _in_force
     try:
-        _in_force = load()
+        config = load()
+        check(config)
+        _in_force = config
     except ConfigError as error:
         if _in_force is None:
             raise
@@ -129,12 +148,12 @@ def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
     return config
 
 
-def bind_fault(config: Config) -> str | None:
-    """Return why the server may not listen on HOST, or None."""
-    if config.allow_anonymous or is_loopback(config.host):
+def bind_fault(config: Config, host: str) -> str | None:
+    """Return why the server may not listen on this host, or None."""
+    if config.allow_anonymous or is_loopback(host):
         return None
     return (
-        f"HOST={config.host}: anyone who reaches this address could spend your Chutes quota; "
+        f"HOST={host}: anyone who reaches this address could spend your Chutes quota; "
         "set HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it "
         "(API_KEYS, which will allow it too, is not built yet)"
     )
@@ -154,13 +173,22 @@ def _check_together(config: Config) -> None:
     rule = model_fault(config.default_model, config.model_in_url)
     if rule:
         raise ConfigError(f"DEFAULT_MODEL={config.default_model}: must be {rule}")
-    if fault := bind_fault(config):
+    if fault := bind_fault(config, config.host):
         raise ConfigError(fault)
     folder = config.database_path.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
+    if not os.access(folder, os.W_OK | os.X_OK) or config.database_path.is_dir():
         raise ConfigError(
-            f"DATABASE_PATH={config.database_path}: the folder {folder} must exist and be writable"
+            f"DATABASE_PATH={config.database_path}: "
+            f"must be a file, in a folder that exists and is writable"
         )
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"OUTPUT_DIR={config.output_dir}: must be a folder ({error.strerror})"
+        ) from error
+    if not os.access(config.output_dir, os.W_OK | os.X_OK):
+        raise ConfigError(f"OUTPUT_DIR={config.output_dir}: must be a writable folder")
 
 
 def _setting(name: str, values: Mapping[str, str], default: Any, parse: Callable) -> Any:
@@ -272,13 +300,13 @@ _SETTINGS: dict[str, tuple[Any, Callable]] = {
     "OUTPUT_DIR": ("outputs", str),
     "CONCURRENCY": (4, _integer(1, 64)),
     "RATE_LIMIT": (None, _rate_limit),
-    "TASK_TIMEOUT": (600.0, _seconds(1)),
+    "TASK_TIMEOUT": (600.0, _seconds(1, 1_000_000)),
     "MAX_ATTEMPTS": (3, _integer(1, 100)),
     "RETRY_BACKOFF": (5.0, _seconds(0.01, 3600)),
-    "TASK_TTL": (604800, _integer(0)),
+    "TASK_TTL": (604800, _integer(0, 3_000_000_000)),
     "INTERRUPTED": ("retry", _choice("retry", "fail")),
     "SHUTDOWN_GRACE": (25.0, _seconds(0, 3600)),
-    "MAX_IMAGE_MB": (50, _integer(1)),
+    "MAX_IMAGE_MB": (50, _integer(1, 1_000_000)),
     "LOG_FORMAT": ("text", _choice("text", "json")),
     "ALLOW_ANONYMOUS": (False, _flag),
 }

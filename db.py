@@ -650,13 +650,43 @@ class Database:
             ).fetchall()
         return [_task([row]) for row in rows]
 
-    def begin(self) -> None:
-        """Note that the queue starts anew: no probe is under way, its own pause is lifted."""
+    def begin(self, max_attempts: int, now: float) -> None:
+        """Note that the queue starts anew.
+
+        No probe is under way, a pause of its own is lifted, and a task that has used up
+        the attempts allowed by now has failed as its last attempt did.
+        """
         with self._write() as connection:
             connection.execute("UPDATE holds SET probe = NULL WHERE probe IS NOT NULL")
             connection.execute(
                 """UPDATE queue SET paused = 0, pause_reason = NULL
                    WHERE pause_reason IS NOT NULL"""
+            )
+            connection.execute(
+                """UPDATE tasks SET status = 'failed', error = last_error, error_code = (
+                         SELECT outcome FROM calls
+                         WHERE task = tasks.id AND outcome NOT IN ('shutdown', 'unavailable',
+                           'quota', 'no_room') ORDER BY number DESC LIMIT 1),
+                       updated_at = :stamp, finished_at = :stamp
+                   WHERE status = 'pending' AND attempts >= :most""",
+                {"stamp": stamp(now), "most": max_attempts},
+            )
+
+    def set_clock_back(self, now: float, most: float) -> None:
+        """Take back what was written down for a time that a clock set back has yet to reach.
+
+        A task then waits at most `most` seconds for its attempt, a model an hour.
+        """
+        with self._write() as connection:
+            connection.execute("UPDATE calls SET started = :now WHERE started > :now", {"now": now})
+            connection.execute(
+                """UPDATE tasks SET not_before = :latest
+                   WHERE status = 'pending' AND not_before > :latest""",
+                {"latest": now + most},
+            )
+            connection.execute(
+                "UPDATE holds SET until = :latest WHERE until > :latest AND model != :all",
+                {"latest": now + 3600, "all": ALL_MODELS},
             )
 
     def _connect(self) -> sqlite3.Connection:
@@ -833,8 +863,7 @@ def _next_start(
         "SELECT started FROM calls WHERE started > ? ORDER BY started DESC LIMIT 1 OFFSET ?",
         (now - seconds, count - 1),
     ).fetchall()
-    # A clock that was set back must not stop the queue for longer than one window.
-    return min(rows[0][0], now) + seconds if rows else None
+    return rows[0][0] + seconds if rows else None
 
 
 def _count_processing(connection: sqlite3.Connection) -> int:

@@ -8,9 +8,19 @@ from gunicorn import glogging
 
 import config as settings
 import logs
+from db import Database, DatabaseError
+
+
+def _check_database(config):
+    """Try the database before there are workers, which would each fail for themselves."""
+    try:
+        Database(config.database_path).close()
+    except DatabaseError as error:
+        raise settings.ConfigError(f"DATABASE_PATH={config.database_path}: {error}") from error
+
 
 try:
-    _config = settings.reload()
+    _config = settings.reload(_check_database)
 except settings.ConfigError as error:
     raise SystemExit(str(error)) from error
 
@@ -41,6 +51,14 @@ class logger_class(glogging.Logger):
             handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
         logs.logging.root.handlers = list(self.error_log.handlers)
         logs.logging.root.setLevel(self.error_log.level)
+
+
+def when_ready(server):
+    """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
+    for listener in server.LISTENERS:
+        address = listener.getsockname()
+        if isinstance(address, tuple) and (fault := settings.bind_fault(_config, address[0])):
+            raise SystemExit(fault)
 
 
 def post_worker_init(worker):

@@ -1,12 +1,13 @@
 """What a file is: a PNG, JPEG or WebP image by its bytes, and whether it is whole."""
 
+import errno
 import hashlib
 import io
 import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ EXTENSIONS = ("png", "jpg", "webp")
 
 THUMBNAIL_SIDE = 512
 
-_TAIL = 4096
-_PNG_END = b"IEND\xae\x42\x60\x82"
+_BROKEN = "The image ended early or does not decode"
 
 
 class ImageError(Exception):
@@ -103,15 +103,9 @@ def inspect(path: Path) -> Image:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
         file.seek(0)
-        head = file.read(16)
-        file.seek(max(0, size - _TAIL))
-        tail = file.read()
-    kind = _kind(head)
+        kind = _kind(file.read(16))
     if kind is None:
         raise NotAnImage("Chutes answered with something that is not a PNG, JPEG or WebP image")
-    # Of all that can be cut off, decoders miss only the last four bytes of a PNG.
-    if kind == "PNG" and _PNG_END not in tail:
-        raise BrokenImage("The image ended early or does not decode")
     width, height = _decode(path, kind)
     content_type = f"image/{kind.lower()}"
     extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
@@ -128,7 +122,7 @@ def keep(part: Path, target: Path) -> tuple[Path, Image]:
     path = target.with_name(f"{target.name}.{image.extension}")
     part.replace(path)
     try:
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError:
         path.unlink()
         raise
@@ -159,7 +153,26 @@ def store(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(path: Path) -> None:
+def has_room(folder: Path, size: int) -> bool:
+    """Tell whether the disk and its quotas leave room for so many bytes, by trying.
+
+    Another fault than the lack of room is left to whoever writes in earnest.
+    """
+    probe = folder / ".room.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with probe.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return True
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on disk."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
@@ -187,10 +200,16 @@ def _decode(path: Path, kind: str) -> tuple[int, int]:
                 )
             picture.load()
         if kind == "PNG":
-            # load() does not look at the checksums of the chunks.
-            with Pillow.open(path, formats=(kind,)) as picture:
-                picture.verify()
+            _check_chunks(path)
     return width, height
+
+
+def _check_chunks(path: Path) -> None:
+    """Check a PNG to its last byte: load() looks at no checksum, verify() not at the last."""
+    with path.open("rb") as file:
+        Pillow.open(file, formats=("PNG",)).verify()
+        if len(file.read(4)) < 4:
+            raise BrokenImage(_BROKEN)
 
 
 @contextmanager
@@ -204,4 +223,4 @@ def _decoding_faults() -> Iterator[None]:
     except Exception as error:  # Decoders raise whatever a broken file leads them to.
         if isinstance(error, OSError) and error.errno:
             raise
-        raise BrokenImage("The image ended early or does not decode") from error
+        raise BrokenImage(_BROKEN) from error

@@ -51,7 +51,13 @@ class JsonFormatter(Formatter):
         }
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(fields, default=str)
+        return json.dumps(
+            {
+                key: self._scrub(value) if isinstance(value, str) else value
+                for key, value in fields.items()
+            },
+            default=str,
+        )
 
 
 def formatter(log_format: str, scrub: Callable[[str], str]) -> Formatter:

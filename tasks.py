@@ -96,11 +96,11 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return jsonify(retried=retried), 202
 
     @routes.delete("/tasks/<task_id>")
-    def delete(task_id: str) -> Answer:
+    def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
         task = known(database, task_id)
         if not worker.remove(task):
             return _conflict(task, "is processing; cancel it first")
-        return Response(), 204, {}
+        return "", 204, {}
 
     @routes.get("/queue")
     def queue() -> Response:

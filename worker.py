@@ -5,11 +5,11 @@ import functools
 import logging
 import os
 import random
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,11 @@ class Worker:
         self._jitter = jitter
         self._wake = threading.Event()
         self._draining = False
-        self._lines: dict[str, Line] = {}
+        self._running: dict[str, tuple[Task, Line]] = {}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._next_look = 0.0
+        self._next_expiry = 0.0
+        self._last_look = 0.0
         self._over = threading.Event()
 
     def start(self, wanted: Callable[[], bool] = lambda: True) -> None:
@@ -93,12 +94,10 @@ class Worker:
         if not self._db.remove(task.id):
             return False
         self.waiters.ended(task.id)
-        try:
-            if task.file_path:
+        if task.file_path:
+            with suppress(OSError):  # It may be in a folder that was OUTPUT_DIR before.
                 Path(task.file_path).unlink(missing_ok=True)
-            self._remove_files(task.id)
-        except OSError:
-            log.exception("a file stays until the queue begins anew", extra={"task": task.id})
+        self._remove_files(task.id)
         return True
 
     def drain(self) -> None:
@@ -145,6 +144,7 @@ class Worker:
     def _turn(self, pool: ThreadPoolExecutor) -> None:
         self._wake.clear()
         try:
+            self._watch_the_clock()
             self._expire()
             self._cut_canceled()
             self.waiters.look()
@@ -159,7 +159,7 @@ class Worker:
         self._wake.wait(LOOK_SECONDS)
 
     def _has_room(self) -> bool:
-        return len(self._lines) < self._config.concurrency
+        return len(self._running) < self._config.concurrency
 
     def _start_one(self, pool: ThreadPoolExecutor) -> bool:
         """Claim a task and hand it to the pool; False where none may start now."""
@@ -169,15 +169,26 @@ class Worker:
         task = self._db.claim(now)
         if task is None:
             return False
-        line = self._lines[task.id] = Line()
+        line = Line()
+        self._running[task.id] = task, line
         try:
             pool.submit(self._attempt, task, line)
-        except RuntimeError:  # The interpreter is going down.
-            self._lines.pop(task.id)
-            self.drain()
-            self._db.put_back(task, Call("shutdown"), None, now)
+        except RuntimeError as error:
+            self._take_back(task, line, error)
             return False
         return True
+
+    def _take_back(self, task: Task, line: Line, error: RuntimeError) -> None:
+        """Undo a claim that the pool did not take: no thread to be had, or no interpreter."""
+        log.error("no thread for a call: %s", error, extra={"task": task.id})
+        # The pool may have kept the work for another thread: a cut line makes no call.
+        line.cut("shutdown")
+        self._running.pop(task.id)
+        self._db.put_back(task, Call("shutdown"), None, self._clock())
+        if "interpreter" in str(error):
+            self.drain()
+        else:
+            self._wake.wait(1)
 
     def _rate_limited(self, now: float) -> bool:
         limit = rate_limit(self._config)
@@ -186,35 +197,44 @@ class Worker:
     def _disk_is_full(self, now: float) -> bool:
         """Tell whether a hold for want of room must go on, before a call is paid for."""
         hold = self._db.hold(db.ALL_MODELS)
-        if not hold or not hold.room or self._free() >= hold.room:
+        if not hold or not hold.room or images.has_room(self._config.output_dir, hold.room):
             return False
         self._db.delay_hold(db.ALL_MODELS, now + _STORAGE_LOOK_SECONDS)
         return True
 
-    def _free(self) -> int:
-        return shutil.disk_usage(self._config.output_dir).free
+    def _watch_the_clock(self) -> None:
+        """Take the times that were written down back with a clock that is set back."""
+        now = self._clock()
+        if now < self._last_look - 1:
+            log.warning("the clock was set back", extra={"seconds": self._last_look - now})
+            self._db.set_clock_back(now, MAX_BACKOFF)
+        self._last_look = now
 
     def _expire(self) -> None:
         """Fail what has waited too long; once a second, in steps."""
         now = self._clock()
-        if not self._config.task_ttl or now < self._next_look:
+        if not self._config.task_ttl or abs(now - self._next_expiry) < 1:
             return
         error = f"The task waited longer than {self._config.task_ttl} seconds (TASK_TTL)"
         if expired := self._db.expire(now - self._config.task_ttl, error, now):
             log.info("tasks expired", extra={"count": expired})
         else:
-            self._next_look = now + 1
+            self._next_expiry = now
 
     def _cut_canceled(self) -> None:
         """Cut the calls that a client, in whichever process, has canceled."""
-        for task_id in self._db.canceling() if self._lines else ():
-            if line := self._lines.get(task_id):
-                line.cut("canceled")
+        for task_id in self._db.canceling() if self._running else ():
+            if task_id in self._running:
+                self._running[task_id][1].cut("canceled")
 
     def _remove_files(self, task_id: str) -> None:
-        for extension in images.EXTENSIONS:
-            (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
-        thumbnail_path(self._config, task_id).unlink(missing_ok=True)
+        try:
+            for extension in images.EXTENSIONS:
+                (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
+            thumbnail_path(self._config, task_id).unlink(missing_ok=True)
+        except OSError:
+            log.exception("a file stays until the queue begins anew", extra={"task": task_id})
+            return
         self._db.removed(task_id)
 
     def _attempt(self, task: Task, line: Line) -> None:
@@ -228,9 +248,10 @@ class Worker:
             message = f"A defect of this server ({type(error).__name__}); its log tells more"
             end = functools.partial(self._fail, task, "internal", message, Reply())
         # Before the row: what dies in between is still found as an orphan.
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # A folder that cannot be written must not stop the end.
+            part.unlink(missing_ok=True)
         self._insist(functools.partial(end, time.monotonic() - began), self._over.is_set)
-        del self._lines[task.id]
+        self._running.pop(task.id, None)
         self._wake.set()
 
     def _try(self, task: Task, part: Path, line: Line) -> Callable[[float], None]:
@@ -340,38 +361,47 @@ class Worker:
         return Call(outcome, seconds, reply.status, reply.invocation_id, reply.quota)
 
     def _insist(self, write: Callable[[], None], gives_up: Callable[[], bool]) -> None:
-        """Write to the database, again each second until it takes it or it is too late."""
-        while not gives_up():
+        """Write to the database, again each second until it takes it or `gives_up` says so."""
+        while True:
             try:
                 return write()
             except DatabaseError as error:
                 log.error("the queue waits for its database: %s", error)
             except Exception:
                 log.exception("a defect of this server; what it stopped is tried again")
-            self._over.wait(1)
+            if gives_up() or self._over.wait(1):
+                return None
 
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""
-        self._db.begin()
+        self._db.begin(self._config.max_attempts, self._clock())
         for task_id in self._db.removals():
             self._remove_files(task_id)
         for task in self._db.orphans():
-            (self._config.output_dir / f".{task.id}.part").unlink(missing_ok=True)
-            found = self._finished_file(task)
+            found = None
+            try:
+                found = self._finished_file(task)
+            except OSError:
+                log.exception("a file of an orphan cannot be read", extra={"task": task.id})
             if found:
                 self._complete(task, *found, Reply(), None)
             else:
                 self._interrupted(task)
 
     def _finished_file(self, task: Task) -> tuple[Path, images.Image] | None:
+        """Return the picture of an orphan that was whole when its process died."""
+        (self._config.output_dir / f".{task.id}.part").unlink(missing_ok=True)
         for extension in images.EXTENSIONS:
             path = self._config.output_dir / f"{task.id}.{extension}"
-            try:
-                return path, self._decoder.inspect(path)
-            except FileNotFoundError:
+            if not path.exists():
                 continue
+            try:
+                image = self._decoder.inspect(path)
             except images.ImageError:
                 path.unlink()
+                continue
+            images.sync_folder(path.parent)
+            return path, image
         return None
 
     def _interrupted(self, task: Task) -> None:
@@ -386,20 +416,26 @@ class Worker:
 
     def _finish(self) -> None:
         """Wait for the calls under way, cut them when the grace is over, and wait again."""
-        if self._lines:
+        if self._running:
             log.info(
                 "no new calls; waiting for those under way",
-                extra={"calls": len(self._lines), "grace": self._config.shutdown_grace},
+                extra={"calls": len(self._running), "grace": self._config.shutdown_grace},
             )
         self._wait_for_calls(self._config.shutdown_grace)
-        for line in list(self._lines.values()):
+        for _, line in list(self._running.values()):
             line.cut("shutdown")
         self._wait_for_calls(_CUT_SECONDS)
         self._over.set()
+        # What cannot be cut, such as the look-up of a name, must not count either.
+        for task, _ in list(self._running.values()):
+            self._insist(
+                functools.partial(self._db.put_back, task, Call("shutdown"), None, self._clock()),
+                self._over.is_set,
+            )
 
     def _wait_for_calls(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._lines and (left := deadline - time.monotonic()) > 0:
+        while self._running and (left := deadline - time.monotonic()) > 0:
             self._wake.wait(min(left, LOOK_SECONDS))
             self._wake.clear()
 
@@ -453,9 +489,11 @@ def waiting_for(task: Task, standing: Standing, config: Config, now: float) -> s
     for hold in standing.holds:
         if hold.probe:
             return f"{hold.reason}; one task is trying now"
+        if hold.until <= now:
+            continue
         dated = hold.model == db.ALL_MODELS
         return f"{hold.reason}; next try at {_clock_time(hold.until, now, dated)}"
-    if task.not_before:
+    if task.not_before and task.not_before > now:
         return (
             f"attempt {task.attempts + 1} of {config.max_attempts} "
             f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"

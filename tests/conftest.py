@@ -1,11 +1,13 @@
 """What the tests share: settings, a database, an upstream, and a way to wait for a fact."""
 
+import logging
 import time
 
 import pytest
 from upstream import Upstream, serving
 
 import config as settings
+import logs
 from app import close, create_app
 from db import Database
 
@@ -43,6 +45,22 @@ def finished(client, task_id):
         return task if task["status"] in ("completed", "failed") else None
 
     return wait_until(look)
+
+
+@pytest.fixture
+def logged(configure):
+    """Return the lines that are logged, with all their facts and nothing hidden."""
+    lines = []
+    handler = logging.Handler()
+    formatter = logs.formatter("text", lambda text: text)
+    handler.emit = lambda record: lines.append(formatter.format(record))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield lines
+    root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -2,10 +2,12 @@
 
 import gzip
 import hashlib
+import json
 import os
 import socket
 import threading
 import time
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -189,6 +191,15 @@ def test_a_402_with_no_known_reset_time_pauses(call, reset):
 
 
 @responses.activate
+def test_a_reset_time_beyond_all_quotas_is_tried_sooner(call):
+    detail = {"message": "Quota", "quota_reset_timestamp": "9999-12-31T23:59:59-12:00"}
+    responses.post(URL, json={"detail": detail}, status=402)
+    error = refused(call)
+    assert error.remedy is Remedy.HOLD_ALL
+    assert error.wait == 32 * 86400
+
+
+@responses.activate
 def test_a_reset_time_gone_by_is_tried_after_the_backoff(call):
     detail = {"message": "Quota exceeded", "quota_reset_timestamp": "2020-01-01T00:00:00+00:00"}
     responses.post(URL, json={"detail": detail}, status=402)
@@ -245,6 +256,54 @@ def test_a_tls_handshake_that_stalls_is_no_connection(call):
         error = refused(call, f"https://127.0.0.1:{listener.getsockname()[1]}/g", TASK_TIMEOUT=1)
         assert time.monotonic() - began < 5
     assert error.remedy is Remedy.HOLD_MODEL
+
+
+@contextmanager
+def full_listener():
+    """Listen, but accept no connection: the next one waits for its answer."""
+    with socket.socket() as listener, ExitStack() as waiting:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            connection = waiting.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/generate"
+
+
+def test_connecting_is_bounded_by_the_deadline(call):
+    with full_listener() as url:
+        began = time.monotonic()
+        error = refused(call, url, TASK_TIMEOUT=1)
+        assert time.monotonic() - began < 3
+    assert (error.remedy, error.code) == (Remedy.HOLD_MODEL, "unavailable")
+    assert "timed out" in error.headline
+
+
+def test_all_addresses_of_a_name_share_the_time_to_connect(call, monkeypatch):
+    with full_listener() as url:
+        address = ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
+        found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+        monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: [found] * 5)
+        began = time.monotonic()
+        refused(call, url, TASK_TIMEOUT=1)
+        assert time.monotonic() - began < 3
+
+
+def test_the_second_address_is_tried_when_the_first_refuses(call, upstream, monkeypatch):
+    ports = (closed_port(), upstream.server_address[1])
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+    monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: found)
+    assert call(upstream.url) == picture()
+
+
+def test_connecting_can_be_cut(call):
+    line = Line()
+    threading.Timer(0.2, line.cut, ("shutdown",)).start()
+    with full_listener() as url, pytest.raises(Cut, match="shutdown"):
+        began = time.monotonic()
+        call(url, line)
+    assert time.monotonic() - began < 5
 
 
 # A connection that breaks, stalls, drips or lies
@@ -309,6 +368,7 @@ def test_an_encoding_nobody_asked_for_is_undone(call):
 
 
 SLOW = {
+    "a length that is none": (HEAD + b"Content-Length: abc\r\n\r\n" + PICTURE[:99], b""),
     "no answer": (b"", b""),
     "headers that drip": (HEAD, b"X-Slow: 1\r\n"),
     "a header that drips": (HEAD + b"X-Slow: ", b"x"),
@@ -438,6 +498,39 @@ def test_an_echoed_token_is_not_repeated(call, upstream, status, shape):
     assert TOKEN.lower()[:20] not in told
 
 
+@pytest.mark.parametrize(
+    "echo",
+    [
+        TOKEN[:40],
+        TOKEN[-20:],
+        "\n".join(TOKEN[n : n + 9] for n in range(0, len(TOKEN), 9)),
+        "\u200b".join(TOKEN),
+        TOKEN.replace("_", "%5f"),
+        " " * 65_500 + TOKEN,
+    ],
+)
+def test_a_part_or_a_disguise_of_the_token_is_not_repeated(call, upstream, echo):
+    upstream.decide = lambda fields: Answer(400, f"no: {echo}".encode())
+    told = str(refused(call, upstream.url))
+    bare = "".join(told.split()).lower()
+    assert not any(TOKEN[n : n + 12].lower() in bare for n in range(len(TOKEN) - 11))
+    assert told.startswith("Chutes refused the request (400)")
+
+
+@pytest.mark.parametrize("detail", ["{}", ["{}"], {"a": "{}"}, {"{}": 1}])
+def test_a_token_with_quotes_is_not_repeated(call, upstream, detail):
+    token = 'a"quoted\\token"of\'the tests'
+    shown = json.loads(json.dumps(detail).replace("{}", json.dumps(token)[1:-1]))
+    upstream.decide = lambda fields: refusal(400, shown)
+    told = str(refused(call, upstream.url, CHUTES_API_TOKEN=token))
+    assert "quoted" not in told
+
+
+def test_words_that_only_resemble_the_token_are_shown(call, upstream):
+    upstream.decide = lambda fields: refusal(400, "cpk_01234 is no size; cpk_ neither")
+    assert "cpk_01234 is no size" in str(refused(call, upstream.url))
+
+
 # The disk
 
 
@@ -471,8 +564,9 @@ def _raise(error):
 def test_a_call_leaves_no_thread_and_no_descriptor(call, upstream):
     call(upstream.url)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    for _ in range(10):
-        call(upstream.url)
+    lines = [Line() for _ in range(10)]
+    for line in lines:
+        call(upstream.url, line)
     refused(call, f"http://127.0.0.1:{closed_port()}/generate")
     assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.is_alive()]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

@@ -85,6 +85,11 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
         ("DEFAULT_MODEL", "../etc"),
         ("HOST", "not a host"),
         ("DATABASE_PATH", "no/such/folder/tasks.sqlite3"),
+        ("DATABASE_PATH", "folder"),
+        ("OUTPUT_DIR", "file"),
+        ("OUTPUT_DIR", "file/below"),
+        ("TASK_TTL", "99999999999"),
+        ("TASK_TIMEOUT", "4294968"),
         ("CHUTES_API_URL", "http://image.chutes.ai/generate"),
         ("CHUTES_API_URL", "https://user:word@image.chutes.ai/generate"),
         ("CHUTES_API_URL", "https://image.chutes.ai/generate#x"),
@@ -95,6 +100,8 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
     ],
 )
 def test_a_bad_value_is_named_with_its_rule(tmp_path, name, value):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
     with pytest.raises(ConfigError) as error:
         from_values({"CHUTES_API_TOKEN": TOKEN, name: value}, tmp_path)
     sentence = str(error.value)
@@ -186,5 +193,12 @@ def test_bad_settings_at_a_reload_leave_those_in_force(tmp_path, monkeypatch, ca
     good = config.reload()
     monkeypatch.setattr(config, "load", lambda: from_values({}, tmp_path))
     assert config.reload() is good
+    monkeypatch.setattr(config, "load", lambda: from_values({"CHUTES_API_TOKEN": "b"}, tmp_path))
+
+    def refuse(settings):
+        raise ConfigError("DATABASE_PATH is of another program")
+
+    assert config.reload(refuse) is good
     assert config.in_force() is good
-    assert "CHUTES_API_TOKEN" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "CHUTES_API_TOKEN" in said and "DATABASE_PATH" in said

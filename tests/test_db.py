@@ -188,6 +188,13 @@ def test_calls_that_were_under_way_together_do_not_double_it(database):
     assert database.hold("m").until == NOW + 6
 
 
+def test_a_task_put_back_keeps_its_last_error(database):
+    add(database, "a")
+    database.retry_later(database.claim(NOW), Call("upstream_error"), "it broke", None, NOW)
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    assert database.get("a").last_error == "it broke"
+
+
 def test_a_named_wait_is_kept_to(database):
     add(database, "a")
     database.put_back(database.claim(NOW), Call("unavailable"), hold(wait=100), NOW)
@@ -226,7 +233,7 @@ def test_holds_outlive_a_restart_but_probes_do_not(database):
     add(database, "a")
     database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
     probe = database.claim(NOW + 5)
-    database.begin()
+    database.begin(3, NOW)
     assert database.hold("m").probe is None
     assert [task.id for task in database.orphans()] == [probe.id]
 
@@ -237,7 +244,7 @@ def test_a_pause_of_its_own_stops_the_queue_until_it_begins_anew(database):
     assert claimed(database) == []
     standing = database.standing(database.get("b"), None, NOW)
     assert (standing.paused, standing.pause_reason) == (True, "401")
-    database.begin()
+    database.begin(3, NOW)
     assert claimed(database) == ["b"]
 
 
@@ -253,10 +260,37 @@ def test_the_rate_limit_slides_over_the_calls_that_were_started(database):
     assert database.next_start(2, 60, NOW + 61) == NOW + 70
 
 
-def test_a_clock_set_back_stops_the_queue_for_one_window_at_most(database):
+def test_a_clock_set_back_stops_nothing_for_long(database):
+    add(database, "a", "b", "c")
+    first = database.claim(NOW)
+    database.retry_later(first, Call("upstream_error"), "e", NOW + 5, NOW)
+    database.put_back(database.claim(NOW), Call("unavailable"), hold(wait=60), NOW)
+    past = NOW - 86400
+    database.set_clock_back(past, 300)
+    assert database.next_start(1, 60, past + 59) == past + 60
+    assert database.next_start(1, 60, past + 60) is None
+    assert database.get("a").not_before == past + 300
+    assert database.hold("m").until == past + 3600
+
+
+def test_a_quota_is_held_until_its_reset_whatever_the_clock_does(database):
     add(database, "a")
-    database.claim(NOW)
-    assert database.next_start(1, 60, NOW - 86400) == NOW - 86400 + 60
+    database.put_back(database.claim(NOW), Call("quota"), hold(ALL_MODELS, wait=80000), NOW)
+    database.set_clock_back(NOW - 86400, 300)
+    assert database.hold(ALL_MODELS).until == NOW + 80000
+
+
+def test_attempts_that_are_no_longer_allowed_are_not_made(database):
+    add(database, "a", "b")
+    for _ in range(2):
+        task = database.claim(NOW + 100)
+        database.retry_later(task, Call("upstream_timeout"), "too slow", None, NOW)
+        assert task.id == "a"
+    database.put_back(database.claim(NOW + 100), Call("shutdown"), None, NOW)
+    database.begin(2, NOW)
+    task = database.get("a")
+    assert (task.status, task.error_code, task.error) == ("failed", "upstream_timeout", "too slow")
+    assert database.get("b").status == "pending"
 
 
 def test_what_waited_too_long_expires_in_steps(database):

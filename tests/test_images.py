@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from upstream import picture
 
 import images
@@ -78,6 +80,50 @@ def test_a_png_with_a_wrong_bit_is_found_out(tmp_path):
         images.inspect(saved(tmp_path / "x", bytes(data)))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_bytes_behind_the_end_are_no_fault(tmp_path, kind):
+    data = picture(kind) + b"trailer" * 1000
+    assert images.inspect(saved(tmp_path / "x", data)).bytes == len(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_the_pixels_are_decoded(tmp_path, monkeypatch, kind):
+    path = saved(tmp_path / "x", picture(kind))
+    decoded = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(1) or load(self))
+    images.inspect(path)
+    assert decoded
+
+
+def test_the_new_name_is_put_on_disk(tmp_path, monkeypatch):
+    synced = []
+    sync = os.fsync
+
+    def watched(file):
+        synced.append(Path(f"/proc/self/fd/{file}").readlink())
+        sync(file)
+
+    monkeypatch.setattr("images.os.fsync", watched)
+    images.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t")
+    assert synced == [tmp_path]
+
+
+def test_room_is_found_by_trying(tmp_path, monkeypatch):
+    folder = tmp_path / "not yet"
+    assert images.has_room(folder, 10_000)
+    assert list(folder.iterdir()) == []
+    for number, found in ((28, False), (122, False), (5, True)):
+        error = OSError(number, "fault")
+        monkeypatch.setattr("images.os.posix_fallocate", lambda *args: raising(error))  # noqa: B023
+        assert images.has_room(folder, 10_000) is found
+        assert list(folder.iterdir()) == []
+
+
+def raising(error):
+    raise error
+
+
 def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
     with pytest.raises(images.TooManyPixels) as error:
         images.inspect(saved(tmp_path / "x", picture("PNG", (4097, 4096))))
@@ -136,7 +182,7 @@ def test_a_name_that_is_not_on_disk_is_taken_back(tmp_path, monkeypatch):
     def fail(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(images, "_sync_folder", fail)
+    monkeypatch.setattr(images, "sync_folder", fail)
     with pytest.raises(OSError, match="Input/output"):
         images.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t")
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -250,6 +251,12 @@ def test_hup_reads_the_settings_anew_and_survives_bad_ones(start, upstream):
     reload_by_hup(server)
     assert "DEFAULT_MODEL=../etc: must be" in server.log()
     assert server.status(server.submit())["model"] == "FLUX.1-dev"
+    (server.folder / "other.sqlite3").write_text("something else " * 1000)
+    for bad in ("OUTPUT_DIR=app.py", "DATABASE_PATH=other.sqlite3"):
+        env.write_text(f"{bad}\n")
+        reload_by_hup(server)
+        assert bad.partition("=")[0] in server.log()
+        assert server.status(server.submit())["model"] == "FLUX.1-dev"
 
 
 def reload_by_hup(server):
@@ -463,10 +470,33 @@ def test_a_database_of_another_program_stops_the_start(tmp_path):
         CHUTES_API_TOKEN=TOKEN,
         PORT=str(closed_port()),
     )
-    assert ended.returncode != 0
-    assert "file is not a database" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("DATABASE_PATH=") and "file is not a database" in line
     assert (tmp_path / "server" / "tasks.sqlite3").read_text() == "something else " * 1000
+
+
+@pytest.mark.parametrize("where", ["option", "environment"])
+def test_gunicorns_own_way_beyond_loopback_is_refused_too(tmp_path, where):
+    bind = f"0.0.0.0:{closed_port()}"
+    options, environ = ["-b", bind], {}
+    if where == "environment":
+        options, environ = [], {"GUNICORN_CMD_ARGS": f"-b {bind}"}
+    ended = run(
+        tmp_path / "server", *("-m", "gunicorn"), *options, CHUTES_API_TOKEN=TOKEN, **environ
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert "HOST=0.0.0.0" in last and "ALLOW_ANONYMOUS" in last
+    assert "Booting worker" not in ended.stderr
+
+
+def test_gunicorns_patience_is_longer_than_the_grace(tmp_path):
+    environ = {"CHUTES_API_TOKEN": TOKEN, "SHUTDOWN_GRACE": "100"}
+    shown = run(tmp_path / "server", "-m", "gunicorn", "--print-config", **environ).stdout
+    values = dict(re.findall(r"^(\w+)\s+= (.+)$", shown, re.M))
+    assert int(values["graceful_timeout"]) >= 105
+    assert int(values["timeout"]) >= int(values["graceful_timeout"]) + 10
 
 
 def test_settings_of_the_env_file_reach_gunicorn_and_the_application(tmp_path, upstream):

@@ -4,7 +4,7 @@ import json
 import threading
 import time
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -429,11 +429,12 @@ def test_what_is_held_is_told(client, upstream):
 
 
 def test_a_hold_of_all_is_told_as_such(client, upstream):
-    detail = {"message": "Quota", "quota_reset_timestamp": "2999-01-01T00:00:00+00:00"}
+    reset = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=5)
+    detail = {"message": "Quota", "quota_reset_timestamp": reset.isoformat()}
     upstream.decide = lambda fields: refusal(402, detail)
     submit(client)
     (held,) = wait_until(lambda: client.get("/queue").json["held"])
-    assert (held["model"], held["until"]) == (ALL_MODELS, "2999-01-01 00:00:00")
+    assert (held["model"], held["until"]) == (ALL_MODELS, f"{reset:%Y-%m-%d %H:%M:%S}")
 
 
 @pytest.mark.parametrize(

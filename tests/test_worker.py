@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import socket
 import threading
 import uuid
 from dataclasses import replace
@@ -21,7 +22,7 @@ from worker import Worker, backoff, waiting_for
 class Queue:
     """A worker, its database and an upstream, under a clock that a test turns."""
 
-    def __init__(self, config, upstream, clock):
+    def __init__(self, config, upstream, clock, jitter=0.0):
         config.output_dir.mkdir(exist_ok=True)
         self.config = config
         self.upstream = upstream
@@ -29,7 +30,7 @@ class Queue:
         self.db = Database(config.database_path)
         self.decoder = images.Decoder()
         client = Chutes(config, clock)
-        self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: 0.0)
+        self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: jitter)
 
     def add(self, prompt="p", model="m", priority=0):
         task_id = str(uuid.uuid4())
@@ -80,9 +81,9 @@ class Queue:
 def make(configure, upstream):
     made = []
 
-    def build(clock=None, **values):
+    def build(clock=None, jitter=0.0, **values):
         values = {"CHUTES_API_URL": upstream.url, "SHUTDOWN_GRACE": 0, **values}
-        made.append(Queue(configure(**values), upstream, clock or Clock()))
+        made.append(Queue(configure(**values), upstream, clock or Clock(), jitter))
         return made[-1]
 
     yield build
@@ -111,7 +112,7 @@ def test_the_pool_never_holds_what_it_does_not_run(make, upstream):
     for _ in range(50):
         q.add()
     wait_until(lambda: upstream.at_once == 2)
-    assert len(q.worker._lines) == 2
+    assert len(q.worker._running) == 2
     assert len(q.db.orphans()) == 2
 
 
@@ -132,9 +133,10 @@ def test_the_rate_limit_holds_over_a_restart(make, upstream):
     assert q.waits(ids[2]).startswith("the rate limit of 2 in 60 s; next start at ")
     q.worker.stop()
     again = make(clock, RATE_LIMIT="2/60").start()
-    clock.now += 59
+    # A call may reach Chutes a little later after its claim than the one of before.
+    clock.now += 60.1
     assert not steady(lambda: len(upstream.calls) > 2)
-    clock.now += 2
+    clock.now += 0.9
     for task_id in ids[2:4]:
         again.until(task_id, status="completed")
     assert not steady(lambda: len(upstream.calls) > 4)
@@ -184,6 +186,12 @@ def test_a_fault_that_may_pass_is_tried_max_attempts_times(make, upstream, code)
     assert (task.status, task.error_code, task.attempts) == ("failed", code, 3)
     assert len(upstream.calls) == 3
     assert q.outcomes() == [code] * 3
+
+
+def test_the_backoff_has_jitter(make, upstream):
+    upstream.decide = lambda fields: refusal(500, "no")
+    q = make(RETRY_BACKOFF=8, jitter=0.5).start()
+    assert q.until(q.add(), attempts=1).not_before == q.clock.now + 9
 
 
 def test_the_second_attempt_may_succeed(make, upstream):
@@ -294,6 +302,18 @@ def test_a_hold_says_that_there_is_no_free_capacity(make, upstream):
     assert q.waits(task_id) == words
 
 
+def test_a_hold_doubles_to_300_seconds(make, upstream):
+    upstream.decide = lambda fields: refusal(429, "later")
+    q = make(RETRY_BACKOFF=200).start()
+    q.add()
+    steps = []
+    for _ in range(3):
+        until = wait_until(lambda: (h := q.db.hold("m")) and h.until > q.clock.now and h.until)
+        steps.append(until - q.clock.now)
+        q.clock.now = until
+    assert steps == [200, 300, 300]
+
+
 def test_retry_after_is_honoured(make, upstream):
     upstream.decide = lambda fields: refusal(503, "later", Retry_After="100")
     q = make().start()
@@ -332,7 +352,7 @@ def test_no_room_on_the_disk_holds_the_queue_until_there_is(make, upstream, monk
     full = OSError(28, "No space left on device")
     sync = os.fsync
     monkeypatch.setattr("chutes.os.fsync", lambda f: sync(f) if room[0] else raising(full))
-    monkeypatch.setattr(Worker, "_free", lambda self: room[0])
+    monkeypatch.setattr("worker.images.has_room", lambda folder, size: room[0] >= size)
     q = make(CONCURRENCY=1, RETRY_BACKOFF=5).start()
     ids = [q.add(), q.add(model="x")]
     wait_until(lambda: q.db.hold(ALL_MODELS))
@@ -347,6 +367,18 @@ def test_no_room_on_the_disk_holds_the_queue_until_there_is(make, upstream, monk
         assert q.until(task_id, status="completed").attempts == 1
 
 
+def test_a_folder_that_was_removed_ends_a_hold_for_want_of_room(make, upstream, monkeypatch):
+    full = [OSError(28, "No space left on device")]
+    sync = os.fsync
+    monkeypatch.setattr("chutes.os.fsync", lambda f: raising(full.pop()) if full else sync(f))
+    q = make().start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    q.config.output_dir.rmdir()
+    q.clock.now += 60
+    q.until(task_id, status="completed")
+
+
 def raising(error):
     raise error
 
@@ -358,6 +390,17 @@ def test_another_fault_of_the_disk_fails_the_task(make, upstream, monkeypatch):
     assert task.error_code == "storage"
     assert "Input/output error" in task.error
     assert str(q.config.output_dir) in task.error
+
+
+def test_a_folder_that_is_none_fails_the_task_and_frees_its_place(make, upstream):
+    q = make(CONCURRENCY=1)
+    q.config.output_dir.rmdir()
+    q.config.output_dir.write_text("in the way")
+    q.start()
+    ids = [q.add() for _ in range(3)]
+    assert [q.ended(task_id).error_code for task_id in ids] == ["storage"] * 3
+    assert upstream.calls == []
+    wait_until(lambda: not q.worker._running)
 
 
 def test_a_folder_that_was_removed_is_made_again(make):
@@ -395,6 +438,15 @@ def test_what_waited_too_long_expires(make, upstream):
     task = q.ended(task_id)
     assert (task.error_code, task.attempts) == ("expired", 0)
     assert "100 seconds" in task.error
+
+
+def test_a_task_between_attempts_expires_too(make, upstream):
+    upstream.decide = lambda fields: refusal(500, "no")
+    q = make(TASK_TTL=100, RETRY_BACKOFF=3600).start()
+    task_id = q.add()
+    q.until(task_id, attempts=1)
+    q.clock.now += 102
+    assert q.ended(task_id).error_code == "expired"
 
 
 def test_a_ttl_of_zero_is_for_ever(make, upstream):
@@ -436,7 +488,7 @@ def test_a_picture_that_is_no_longer_wanted_leaves_no_file(make, upstream):
     task = q.task(task.id)
     q.db.fail(task, Call("x"), "canceled", "by hand", q.clock())
     upstream.gate.set()
-    wait_until(lambda: not q.worker._lines)
+    wait_until(lambda: not q.worker._running)
     assert q.files() == []
     assert q.task(task.id).error_code == "canceled"
 
@@ -474,6 +526,34 @@ def test_an_interrupted_last_attempt_fails(make, upstream):
     task = q.start().ended(task_id)
     assert (task.status, task.error_code, task.attempts) == ("failed", "interrupted", 1)
     assert upstream.calls == []
+
+
+def test_what_an_interrupted_call_had_written_is_removed(make):
+    q = make(INTERRUPTED="fail")
+    task_id = orphan(q)
+    (q.config.output_dir / f".{task_id}.part").write_bytes(b"half")
+    q.start().ended(task_id)
+    assert q.files() == []
+
+
+def test_an_orphan_whose_file_cannot_be_read_stops_no_other(make):
+    q = make()
+    task_id = orphan(q)
+    (q.config.output_dir / f"{task_id}.png").mkdir()
+    other = q.add()
+    q.start().until(other, status="completed")
+    assert q.task(task_id).attempts >= 1
+
+
+def test_attempts_that_were_used_up_before_are_not_exceeded(make, upstream):
+    upstream.decide = lambda fields: refusal(500, "its words")
+    q = make(MAX_ATTEMPTS=5, RETRY_BACKOFF=3600).start()
+    task_id = q.add()
+    q.until(task_id, attempts=1)
+    q.worker.stop()
+    task = make(q.clock, MAX_ATTEMPTS=1).start().ended(task_id)
+    assert (task.error_code, task.attempts, len(upstream.calls)) == ("upstream_error", 1, 1)
+    assert "its words" in task.error
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -528,6 +608,57 @@ def test_a_call_cut_when_the_grace_is_over_goes_back_uncounted(make, upstream, i
     assert q.files() == []
 
 
+def test_a_call_that_cannot_be_cut_does_not_count_either(make, upstream, monkeypatch):
+    looking, answer = threading.Event(), threading.Event()
+    look_up = socket.getaddrinfo
+
+    def stuck(*args, **values):
+        looking.set()
+        answer.wait(30)
+        return look_up(*args, **values)
+
+    q = make(INTERRUPTED="fail", MAX_ATTEMPTS=1)
+    monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
+    monkeypatch.setattr(queue, "_CUT_SECONDS", 0.1)
+    q.start()
+    task_id = q.add()
+    looking.wait(10)
+    q.worker.drain()
+    task = q.until(task_id, status="pending")
+    assert (task.attempts, q.outcomes()) == (0, ["shutdown"])
+    answer.set()
+    q.worker.stop()
+    assert q.task(task_id).status == "pending"
+    assert upstream.calls == []
+
+
+def test_no_thread_to_be_had_makes_no_call_and_the_queue_goes_on(make, upstream, monkeypatch):
+    q = make(CONCURRENCY=2)
+    start, refusals = threading.Thread.start, [1]
+
+    def scarce(thread):
+        if thread.name.startswith("call") and refusals:
+            refusals.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    task_id = q.add()
+    q.start()
+    assert q.until(task_id, status="completed").attempts == 1
+    assert (len(upstream.calls), q.outcomes()) == (1, ["shutdown", "completed"])
+
+
+def test_nothing_is_claimed_once_it_is_no_longer_wanted(make, upstream):
+    upstream.gate.clear()
+    q = make(CONCURRENCY=4)
+    for _ in range(4):
+        q.add()
+    q.worker.start(lambda: not q.db.orphans())
+    q.worker._thread.join(20)
+    assert len(q.outcomes()) == 1
+
+
 def test_stopping_ends_every_thread_and_frees_the_lock(make):
     before = threading.active_count()
     first = make().start()
@@ -542,7 +673,9 @@ def test_it_stops_while_its_database_fails(make, monkeypatch):
     q = make()
     tries = []
     monkeypatch.setattr(q.worker, "_over", QuickEvent())
-    monkeypatch.setattr(q.db, "begin", lambda: tries.append(1) or raising(DatabaseError("gone")))
+    monkeypatch.setattr(
+        q.db, "begin", lambda *values: tries.append(1) or raising(DatabaseError("gone"))
+    )
     q.start()
     wait_until(lambda: len(tries) > 1)
     q.worker.drain()
@@ -604,6 +737,16 @@ def test_jitter_makes_it_longer(make):
 def reason(q, task, **values):
     standing = Standing(0, 0, False, None, (), None)
     return waiting_for(task, replace(standing, **values), q.config, q.clock())
+
+
+def test_a_time_gone_by_is_no_reason(make, clock):
+    q = make(clock=clock, CONCURRENCY=4)
+    task = replace(q.task(q.add()), not_before=clock.now, attempts=1, last_error="it broke")
+    due = (Hold("m", "Chutes has no free capacity for m", clock.now, 5, 0, None),)
+    assert reason(q, task, holds=due, processing=4) == "all 4 places are busy"
+    probed = (replace(due[0], probe="another"),)
+    said = "Chutes has no free capacity for m; one task is trying now"
+    assert reason(q, task, holds=probed, processing=4) == said
 
 
 def test_the_first_thing_that_would_have_to_change_is_named(make, clock):
