@@ -43,7 +43,6 @@ class Server:
             "CHUTES_API_URL": url,
             "PORT": str(self.port),
             "WORKERS": "2",
-            "PYTHONDONTWRITEBYTECODE": "1",
             **{name: str(value) for name, value in values.items()},
         }
         with self.log_path.open("wb") as log:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -28,8 +29,9 @@ PARAMS = {"width": 512}
 def call(configure, tmp_path, clock):
     """Return a function that makes one call and returns the file, or raises what it raises."""
 
-    def make(url=URL, line=None, model="m", **values):
-        client = Chutes(configure(CHUTES_API_URL=url, **values), clock)
+    def make(url=URL, line=None, model="m", seconds=600, **values):
+        config = replace(configure(CHUTES_API_URL=url, **values), task_timeout=seconds)
+        client = Chutes(config, clock)
         client.generate(model, "a fox", PARAMS, tmp_path / "part", line or Line())
         return (tmp_path / "part").read_bytes()
 
@@ -253,7 +255,7 @@ def test_a_name_that_does_not_resolve(call):
 def test_a_tls_handshake_that_stalls_is_no_connection(call):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         began = time.monotonic()
-        error = refused(call, f"https://127.0.0.1:{listener.getsockname()[1]}/g", TASK_TIMEOUT=1)
+        error = refused(call, f"https://127.0.0.1:{listener.getsockname()[1]}/g", seconds=0.4)
         assert time.monotonic() - began < 5
     assert error.remedy is Remedy.HOLD_MODEL
 
@@ -274,7 +276,7 @@ def full_listener():
 def test_connecting_is_bounded_by_the_deadline(call):
     with full_listener() as url:
         began = time.monotonic()
-        error = refused(call, url, TASK_TIMEOUT=1)
+        error = refused(call, url, seconds=0.4)
         assert time.monotonic() - began < 3
     assert (error.remedy, error.code) == (Remedy.HOLD_MODEL, "unavailable")
     assert "timed out" in error.headline
@@ -286,7 +288,7 @@ def test_all_addresses_of_a_name_share_the_time_to_connect(call, monkeypatch):
         found = (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
         monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: [found] * 5)
         began = time.monotonic()
-        refused(call, url, TASK_TIMEOUT=1)
+        refused(call, url, seconds=0.4)
         assert time.monotonic() - began < 3
 
 
@@ -303,6 +305,17 @@ def test_connecting_can_be_cut(call):
     with full_listener() as url, pytest.raises(Cut, match="shutdown"):
         began = time.monotonic()
         call(url, line)
+    assert time.monotonic() - began < 5
+
+
+def test_a_tls_handshake_can_be_cut(call):
+    line = Line()
+    threading.Timer(0.2, line.cut, ("shutdown",)).start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/generate"
+        began = time.monotonic()
+        with pytest.raises(Cut, match="shutdown"):
+            call(url, line)
     assert time.monotonic() - began < 5
 
 
@@ -390,10 +403,10 @@ def test_the_deadline_holds_in_every_phase(call, name):
 
     with raw_server(answer) as url:
         began = time.monotonic()
-        error = refused(call, url, TASK_TIMEOUT=1)
+        error = refused(call, url, seconds=0.4)
         took = time.monotonic() - began
     assert (error.remedy, error.code) == (Remedy.RETRY, "upstream_timeout")
-    assert 0.9 < took < 3
+    assert 0.35 < took < 3
 
 
 @pytest.mark.parametrize("reason", ["shutdown", "canceled"])
