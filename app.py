@@ -15,8 +15,10 @@ from werkzeug.exceptions import (
     NotFound,
     RequestEntityTooLarge,
 )
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 import config as settings
+import guard
 import logs
 import pictures
 import tasks
@@ -52,13 +54,20 @@ def create_app(config: Config) -> Flask:
     worker = Worker(config, database, Chutes(config), decoder)
     app.extensions.update(database=database, worker=worker, decoder=decoder)
 
+    if config.trusted_proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, *[config.trusted_proxies] * 5)
+
     @app.before_request
     def begin() -> None:
         g.began = time.monotonic()
+        g.request_id = guard.request_id()
         worker.start()
+        guard.check_page(config)
+        guard.check_key(config)
 
     @app.after_request
     def note(response: Response) -> Response:
+        response.headers["X-Request-ID"] = g.request_id
         _log_request(response)
         return response
 
@@ -149,5 +158,6 @@ def _log_request(response: Response) -> None:
             "task": g.get("task"),
             "seconds": round(time.monotonic() - g.began, 4),
             "client": request.remote_addr,
+            "request_id": g.request_id,
         },
     )

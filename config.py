@@ -56,6 +56,9 @@ class Config:
     max_image_mb: int
     log_format: str
     allow_anonymous: bool
+    api_keys: tuple[str, ...] = field(repr=False)
+    public_url: str | None
+    trusted_proxies: int
 
     @property
     def model_in_url(self) -> bool:
@@ -64,7 +67,9 @@ class Config:
 
     def scrub(self, text: str) -> str:
         """Return the text with the secrets in it, in whatever case, replaced by `***`."""
-        return re.sub(re.escape(self.chutes_api_token), "***", text, flags=re.IGNORECASE)
+        for secret in self._secrets:
+            text = re.sub(re.escape(secret), "***", text, flags=re.IGNORECASE)
+        return text
 
     def reveals_secret(self, text: str) -> bool:
         """Tell whether a text repeats a secret or a part of one that is worth guarding.
@@ -72,9 +77,16 @@ class Config:
         A part is _TELLING characters; blanks between them, percent signs, backslashes and
         case make no difference.
         """
-        secret, told = _skeleton(self.chutes_api_token), _skeleton(text)
-        parts = range(len(secret) - _TELLING + 1)
-        return any(secret[start : start + _TELLING] in told for start in parts)
+        told = _skeleton(text)
+        return any(
+            secret[start : start + _TELLING] in told
+            for secret in map(_skeleton, self._secrets)
+            for start in range(len(secret) - _TELLING + 1)
+        )
+
+    @property
+    def _secrets(self) -> tuple[str, ...]:
+        return (self.chutes_api_token, *self.api_keys)
 
 
 def _skeleton(text: str) -> str:
@@ -150,12 +162,11 @@ def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
 
 def bind_fault(config: Config, host: str) -> str | None:
     """Return why the server may not listen on this host, or None."""
-    if config.allow_anonymous or is_loopback(host):
+    if config.api_keys or config.allow_anonymous or is_loopback(host):
         return None
     return (
         f"HOST={host}: anyone who reaches this address could spend your Chutes quota; "
-        "set HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it "
-        "(API_KEYS, which will allow it too, is not built yet)"
+        "set API_KEYS, or HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it"
     )
 
 
@@ -202,7 +213,7 @@ def _setting(name: str, values: Mapping[str, str], default: Any, parse: Callable
     try:
         return parse(values[name])
     except ValueError as error:
-        shown = "" if parse is _secret else f"={values[name][:200]}"
+        shown = "" if parse in (_secret, _secrets) else f"={values[name][:200]}"
         raise ConfigError(f"{name}{shown}: must be {error}") from None
 
 
@@ -210,6 +221,27 @@ def _secret(text: str) -> str:
     if not re.fullmatch(r"[\x20-\x7e]+", text):
         raise ValueError("printable ASCII")
     return text
+
+
+def _secrets(text: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in text.split(",") if key.strip())
+    if not keys or not all(re.fullmatch(r"[\x21-\x7e]+", key) for key in keys):
+        raise ValueError("keys of printable ASCII without spaces, separated by commas")
+    return keys
+
+
+def _public_url(text: str) -> str:
+    rule = "an http or https address without a path, such as https://pictures.example"
+    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+/?", text):
+        raise ValueError(rule)
+    try:
+        parts = urlsplit(text.rstrip("/"))
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        raise ValueError(rule) from None
+    if not host:
+        raise ValueError(rule)
+    return text.rstrip("/").lower()
 
 
 def _url(text: str) -> str:
@@ -309,4 +341,7 @@ _SETTINGS: dict[str, tuple[Any, Callable]] = {
     "MAX_IMAGE_MB": (50, _integer(1, 1_000_000)),
     "LOG_FORMAT": ("text", _choice("text", "json")),
     "ALLOW_ANONYMOUS": (False, _flag),
+    "API_KEYS": (tuple, _secrets),
+    "PUBLIC_URL": (None, _public_url),
+    "TRUSTED_PROXIES": (0, _integer(0, 10)),
 }

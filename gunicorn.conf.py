@@ -39,6 +39,8 @@ timeout = graceful_timeout + 20
 max_requests = 0
 preload_app = False
 control_socket_disable = True
+# X-Forwarded-* is believed as TRUSTED_PROXIES says, and by nobody before that.
+forwarded_allow_ips = ""
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

@@ -88,6 +88,11 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
         ("DATABASE_PATH", "folder"),
         ("OUTPUT_DIR", "file"),
         ("OUTPUT_DIR", "file/below"),
+        ("TRUSTED_PROXIES", "-1"),
+        ("PUBLIC_URL", "pictures.example"),
+        ("PUBLIC_URL", "https://pictures.example/path"),
+        ("PUBLIC_URL", "https://user@pictures.example"),
+        ("PUBLIC_URL", "https://pictures.example:port"),
         ("TASK_TTL", "99999999999"),
         ("TASK_TIMEOUT", "4294968"),
         ("CHUTES_API_URL", "http://image.chutes.ai/generate"),
@@ -111,10 +116,19 @@ def test_a_bad_value_is_named_with_its_rule(tmp_path, name, value):
     assert "\n" not in sentence
 
 
-def test_a_bad_secret_is_named_but_not_shown(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CHUTES_API_TOKEN", "geheim\u00e9"),
+        ("API_KEYS", "geheim und geheim"),
+        ("API_KEYS", "geheim\u00e9,good"),
+        ("API_KEYS", " , "),
+    ],
+)
+def test_a_bad_secret_is_named_but_not_shown(tmp_path, name, value):
     with pytest.raises(ConfigError) as error:
-        from_values({"CHUTES_API_TOKEN": "geheim\u00e9"}, tmp_path)
-    assert "CHUTES_API_TOKEN" in str(error.value)
+        from_values({"CHUTES_API_TOKEN": TOKEN, name: value}, tmp_path)
+    assert name in str(error.value)
     assert "geheim" not in str(error.value)
 
 
@@ -122,6 +136,9 @@ def test_a_bad_secret_is_named_but_not_shown(tmp_path):
     ("name", "value", "read"),
     [
         ("RATE_LIMIT", "60/60", RateLimit(60, 60)),
+        ("API_KEYS", "a, b,,c", ("a", "b", "c")),
+        ("PUBLIC_URL", "https://Pictures.example:8443/", "https://pictures.example:8443"),
+        ("TRUSTED_PROXIES", "2", 2),
         ("RATE_LIMIT", "5/0.5", RateLimit(5, 0.5)),
         ("TASK_TIMEOUT", "1", 1.0),
         ("TASK_TIMEOUT", "2.5", 2.5),
@@ -145,6 +162,8 @@ def test_listening_beyond_loopback_must_be_asked_for(tmp_path, host):
     for name in ("HOST", "API_KEYS", "ALLOW_ANONYMOUS"):
         assert name in str(error.value)
     values = {"CHUTES_API_TOKEN": TOKEN, "HOST": host, "ALLOW_ANONYMOUS": "1"}
+    assert from_values(values, tmp_path).host == host
+    values = {"CHUTES_API_TOKEN": TOKEN, "HOST": host, "API_KEYS": "a-key"}
     assert from_values(values, tmp_path).host == host
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -560,7 +562,7 @@ def test_a_chunked_body_over_the_limit_is_refused(start):
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         )
         body = b'{"prompt": "p"}'.ljust(1024 * 1024 + 1)
@@ -570,11 +572,22 @@ def test_a_chunked_body_over_the_limit_is_refused(start):
     assert b'{"error":"The body is larger than 1 MiB"}' in answer
 
 
+def test_a_forwarded_scheme_is_not_believed_from_loopback_either(start):
+    server = start()
+    request = urllib.request.Request(
+        f"{server.address}/queue",
+        headers={"X-Forwarded-Proto": "https", "Origin": f"https://127.0.0.1:{server.port}"},
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10)
+    assert refused.value.code == 403
+
+
 def test_a_broken_chunk_is_the_clients_fault(start):
     server = start()
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\nzz\r\n"
         )
         answer = b"".join(iter(lambda: connection.recv(65536), b""))

@@ -1,0 +1,78 @@
+"""Who may come in: the holders of a key, and no other site's pages."""
+
+import hmac
+import re
+import uuid
+from urllib.parse import urlsplit
+
+from flask import abort, request
+from werkzeug.datastructures import WWWAuthenticate
+from werkzeug.exceptions import Unauthorized
+
+from config import Config, is_loopback
+
+
+def request_id() -> str:
+    """Return the X-Request-ID that came with the request, if it is a plain one, or a new one."""
+    given = request.headers.get("X-Request-ID", "")
+    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else str(uuid.uuid4())
+
+
+def check_page(config: Config) -> None:
+    """Refuse with 403 what a page of another site has a browser ask for.
+
+    Any page may post a form to a server on loopback, and with a name that it points
+    there afterwards (DNS rebinding) read the answers.
+    """
+    if request.headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
+        abort(
+            403,
+            "A page of another site asks for this; use the server under its own address, "
+            "and set PUBLIC_URL to that",
+        )
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.lower() not in _own_origins(config):
+        abort(
+            403,
+            f"The page that asks for this is of another site ({origin[:100]!a}); "
+            "if it is this server's own, set PUBLIC_URL to its address",
+        )
+    if not config.api_keys and not config.allow_anonymous and not _is_own_host(config):
+        abort(
+            403,
+            f"This server is not known as {request.host[:100]!a}; set PUBLIC_URL to the "
+            "address that clients use, or API_KEYS (or ALLOW_ANONYMOUS=1) to allow any name",
+        )
+
+
+def check_key(config: Config) -> None:
+    """Refuse with 401 a request without one of API_KEYS, where there are any."""
+    if not config.api_keys:
+        return
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = [request.headers.get("X-API-Key", "")]
+    if scheme.lower() == "bearer":
+        given.append(bearer.strip())
+    # As bytes, and all of them: compare_digest takes no other text, and its time tells nothing.
+    matches = [
+        hmac.compare_digest(one.encode("utf-8", "surrogateescape"), key.encode())
+        for one in given
+        for key in config.api_keys
+    ]
+    if not any(matches):
+        raise Unauthorized(
+            "A key is needed: send Authorization: Bearer <key>, or X-API-Key: <key>",
+            www_authenticate=WWWAuthenticate("bearer"),
+        )
+
+
+def _own_origins(config: Config) -> set[str | None]:
+    return {f"{request.scheme}://{request.host}".lower(), config.public_url}
+
+
+def _is_own_host(config: Config) -> bool:
+    try:
+        host = urlsplit(f"//{request.host}").hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) or host == urlsplit(config.public_url or "").hostname

@@ -1,0 +1,207 @@
+"""Who may come in."""
+
+import re
+import uuid
+
+import pytest
+from conftest import finished, submit
+from upstream import refusal
+
+KEYS = "first-key-of-the-tests,second-key-of-the-tests"
+
+
+@pytest.fixture
+def guarded(serve):
+    return serve(API_KEYS=KEYS)
+
+
+@pytest.mark.parametrize("key", KEYS.split(","))
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("Authorization", "Bearer {}"),
+        ("Authorization", "bearer {}"),
+        ("Authorization", "BEARER  {} "),
+        ("X-API-Key", "{}"),
+    ],
+)
+def test_each_key_opens_in_each_way(guarded, header, key):
+    name, value = header
+    answer = guarded.get("/queue", headers={name: value.format(key)})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"X-API-Key": ""},
+        {"X-API-Key": "wrong"},
+        {"X-API-Key": KEYS},
+        {"X-API-Key": "first-key-of-the-test"},
+        {"X-API-Key": "FIRST-KEY-OF-THE-TESTS"},
+        {"X-API-Key": "clé-\u20ac".encode().decode("latin-1")},
+        {"Authorization": "first-key-of-the-tests"},
+        {"Authorization": "Basic first-key-of-the-tests"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer first-key-of-the-tests second"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/queue"), ("POST", "/generate"), ("GET", "/images/x"), ("GET", "/nowhere")],
+)
+def test_without_a_key_nothing_opens(guarded, upstream, headers, method, path):
+    answer = guarded.open(path, method=method, headers=headers, json={"prompt": "p"})
+    assert answer.status_code == 401
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    assert "X-API-Key" in answer.json["error"]
+    assert not guarded.application.extensions["database"].has_work(9e9)
+
+
+def test_without_keys_in_the_settings_none_is_asked_for(client):
+    assert client.get("/queue").status_code == 200
+    assert client.get("/queue", headers={"X-API-Key": "any"}).status_code == 200
+
+
+def test_a_key_is_in_no_answer_and_no_line(guarded, upstream, logged):
+    key = KEYS.split(",")[0]
+    upstream.decide = lambda fields: refusal(400, f"no: {key}")
+    headers = {"X-API-Key": key}
+    task_id = guarded.post("/generate", json={"prompt": "p"}, headers=headers).json["id"]
+    answer = guarded.get(f"/status/{task_id}?wait=60", headers=headers)
+    assert answer.json["status"] == "failed"
+    assert key not in answer.text
+    assert not [line for line in logged if key in line]
+
+
+# Other people's pages
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "Cross-Site"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://localhost:81"},
+        {"Origin": "https://localhost"},
+        {"Origin": "http://localhost.evil.example"},
+    ],
+)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/generate"), ("GET", "/tasks")])
+def test_a_page_of_another_site_is_refused(client, upstream, headers, method, path):
+    form = "application/x-www-form-urlencoded"
+    body = '{"prompt": "p"}' if method == "POST" else None
+    answer = client.open(path, method=method, data=body, content_type=form, headers=headers)
+    assert answer.status_code == 403
+    assert "PUBLIC_URL" in answer.json["error"]
+    assert not client.application.extensions["database"].has_work(9e9)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "HTTP://LOCALHOST"},
+        {"Sec-Fetch-Site": "none"},
+        {},
+    ],
+)
+def test_the_servers_own_pages_and_programs_come_in(client, headers):
+    assert client.post("/generate", json={"prompt": "p"}, headers=headers).status_code == 202
+
+
+@pytest.mark.parametrize("host", ["localhost:3000", "127.0.0.1:3000", "127.9.9.9", "[::1]:3000"])
+def test_loopback_names_are_the_servers_own(client, host):
+    assert client.get("/queue", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:3000", "localhost.evil.example", "192.0.2.1"]
+)
+def test_a_name_that_was_pointed_here_is_refused(client, host):
+    """The page of a rebound name is of the same origin: only its name tells."""
+    headers = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    answer = client.get("/tasks", headers=headers)
+    assert answer.status_code == 403
+    assert "PUBLIC_URL" in answer.json["error"] and "API_KEYS" in answer.json["error"]
+
+
+def test_a_name_that_is_none_is_refused(client):
+    assert client.get("/tasks", headers={"Host": "[bad"}).status_code == 403
+
+
+def test_the_public_address_is_the_servers_own(serve):
+    client = serve(PUBLIC_URL="https://Pictures.example")
+    headers = {"Host": "pictures.example", "Origin": "https://pictures.example"}
+    assert client.get("/queue", headers=headers).status_code == 200
+    assert client.get("/queue", headers={"Host": "localhost"}).status_code == 200
+    assert client.get("/queue", headers={"Host": "evil.example"}).status_code == 403
+
+
+@pytest.mark.parametrize("values", [{"API_KEYS": "k" * 20}, {"ALLOW_ANONYMOUS": 1}])
+def test_with_keys_or_on_purpose_any_name_will_do(serve, values):
+    client = serve(**values)
+    headers = {"Host": "192.0.2.1:3000", "X-API-Key": "k" * 20}
+    assert client.get("/queue", headers=headers).status_code == 200
+    headers["Origin"] = "http://evil.example"
+    assert client.get("/queue", headers=headers).status_code == 403
+
+
+# Proxies
+
+
+FORWARDED = {
+    "X-Forwarded-For": "192.0.2.7",
+    "X-Forwarded-Proto": "https",
+    "X-Forwarded-Host": "pictures.example",
+}
+
+
+def test_forwarded_headers_are_ignored_unless_proxies_are_trusted(client, logged):
+    assert client.get("/queue", headers=FORWARDED).status_code == 200
+    assert any("GET /queue 200" in line and "client=127.0.0.1" in line for line in logged)
+    own = {**FORWARDED, "Origin": "https://pictures.example"}
+    assert client.get("/queue", headers=own).status_code == 403
+
+
+def test_a_trusted_proxy_tells_who_asks_and_by_which_name(serve, logged):
+    client = serve(TRUSTED_PROXIES=1, PUBLIC_URL="https://pictures.example")
+    own = {**FORWARDED, "Origin": "https://pictures.example", "Host": "127.0.0.1:3000"}
+    assert client.get("/queue", headers=own).status_code == 200
+    assert any("client=192.0.2.7" in line for line in logged)
+    rebound = {**own, "X-Forwarded-Host": "evil.example", "Origin": "https://evil.example"}
+    assert client.get("/queue", headers=rebound).status_code == 403
+
+
+# The id of a request
+
+
+def test_a_request_id_is_taken_and_logged(client, logged):
+    answer = client.get("/queue", headers={"X-Request-ID": "order-66.a_B"})
+    assert answer.headers["X-Request-ID"] == "order-66.a_B"
+    assert any("GET /queue 200" in line and "request_id=order-66.a_B" in line for line in logged)
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "a" * 129, "a;b", "<script>"])
+def test_a_request_id_is_made_where_there_is_no_plain_one(client, given):
+    headers = {} if given is None else {"X-Request-ID": given}
+    made = {client.get("/nowhere", headers=headers).headers["X-Request-ID"] for _ in range(2)}
+    assert len(made) == 2
+    assert all(str(uuid.UUID(one)) == one for one in made)
+
+
+def test_refusals_have_an_id_too(guarded):
+    answer = guarded.get("/queue")
+    assert answer.status_code == 401
+    assert re.fullmatch(r"[0-9a-f-]{36}", answer.headers["X-Request-ID"])
+
+
+def test_a_guarded_queue_works_as_any(serve, monkeypatch):
+    client = serve(API_KEYS=KEYS)
+    client.environ_base["HTTP_X_API_KEY"] = KEYS.split(",")[1]
+    assert finished(client, submit(client))["status"] == "completed"
