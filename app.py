@@ -24,7 +24,7 @@ import pictures
 import tasks
 from chutes import Chutes
 from config import Config
-from db import Database, DatabaseError
+from db import Database, DatabaseError, QueueFull
 from images import Decoder
 from worker import Worker
 
@@ -63,7 +63,7 @@ def create_app(config: Config) -> Flask:
         g.request_id = guard.request_id()
         worker.start()
         guard.check_page(config)
-        guard.check_key(config)
+        g.client = guard.check_key(config)
 
     @app.after_request
     def note(response: Response) -> Response:
@@ -86,6 +86,12 @@ def create_app(config: Config) -> Flask:
         advice = "Free some disk space" if error.full else "Look at the log"
         answer = jsonify(error=f"{error}; nothing was changed. {advice}, then try again")
         return answer, 507 if error.full else 503, {"Retry-After": "10"}
+
+    @app.errorhandler(QueueFull)
+    def full(error: QueueFull) -> tuple[Response, int, dict[str, str]]:
+        sentence = f"{config.max_pending} tasks are pending (MAX_PENDING); nothing was stored"
+        answer = jsonify(error=f"The queue is full: {sentence}. Try again later")
+        return answer, 429, {"Retry-After": "30"}
 
     @app.errorhandler(Exception)
     def defect(error: Exception) -> tuple[Response, int]:

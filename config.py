@@ -59,6 +59,9 @@ class Config:
     api_keys: tuple[str, ...] = field(repr=False)
     public_url: str | None
     trusted_proxies: int
+    max_pending: int
+    max_per_day: int
+    models: tuple[str, ...]
 
     @property
     def model_in_url(self) -> bool:
@@ -184,6 +187,14 @@ def _check_together(config: Config) -> None:
     rule = model_fault(config.default_model, config.model_in_url)
     if rule:
         raise ConfigError(f"DEFAULT_MODEL={config.default_model}: must be {rule}")
+    for model in config.models:
+        if rule := model_fault(model, config.model_in_url):
+            raise ConfigError(f"MODELS={model}: must be {rule}")
+    if config.models and config.default_model not in config.models:
+        raise ConfigError(
+            f"DEFAULT_MODEL={config.default_model}: must be one of MODELS, "
+            f"{', '.join(config.models)}"
+        )
     if fault := bind_fault(config, config.host):
         raise ConfigError(fault)
     folder = config.database_path.parent
@@ -228,6 +239,10 @@ def _secrets(text: str) -> tuple[str, ...]:
     if not keys or not all(re.fullmatch(r"[\x21-\x7e]+", key) for key in keys):
         raise ValueError("keys of printable ASCII without spaces, separated by commas")
     return keys
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _public_url(text: str) -> str:
@@ -342,6 +357,9 @@ _SETTINGS: dict[str, tuple[Any, Callable]] = {
     "LOG_FORMAT": ("text", _choice("text", "json")),
     "ALLOW_ANONYMOUS": (False, _flag),
     "API_KEYS": (tuple, _secrets),
+    "MAX_PENDING": (10000, _integer(1, 1_000_000_000)),
+    "MAX_PER_DAY": (0, _integer(0, 1_000_000_000)),
+    "MODELS": (tuple, _names),
     "PUBLIC_URL": (None, _public_url),
     "TRUSTED_PROXIES": (0, _integer(0, 10)),
 }

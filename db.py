@@ -4,8 +4,9 @@ import fcntl
 import json
 import os
 import sqlite3
+import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 ALL_MODELS = "*"
 POSITIONS = 1000
+KEY_SECONDS = 86400.0
 _VERSION = 1
 
 
@@ -23,6 +25,23 @@ class DatabaseError(Exception):
     def __init__(self, message: str, full: bool = False):
         super().__init__(message)
         self.full = full
+
+
+class QueueFull(Exception):
+    """There are as many pending tasks as are allowed; nothing was stored."""
+
+
+class KeyReused(Exception):
+    """The idempotency key came with another input before; nothing was stored."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """An idempotency key of a client, and the fingerprint of the input that it came with."""
+
+    client: str
+    text: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -140,6 +159,7 @@ class Standing:
     pause_reason: str | None
     holds: tuple[Hold, ...]
     next_start: float | None
+    calls_today: int = 0
 
 
 _TABLES = """
@@ -185,6 +205,16 @@ CREATE INDEX tasks_model ON tasks (model, seq);
 CREATE INDEX tasks_status_model ON tasks (status, model, seq);
 CREATE INDEX tasks_unretried ON tasks (error_code, seq)
   WHERE status = 'failed' AND retried_as IS NULL;
+
+CREATE TABLE idempotency (
+  client TEXT NOT NULL,
+  key TEXT NOT NULL,
+  fingerprint TEXT NOT NULL,
+  task TEXT NOT NULL,
+  created REAL NOT NULL,
+  PRIMARY KEY (client, key)
+) STRICT;
+CREATE INDEX idempotency_created ON idempotency (created);
 
 CREATE TABLE removals (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
 
@@ -276,16 +306,38 @@ class Database:
         os.close(self._lock)
 
     def add(
-        self, id: str, prompt: str, model: str, params: dict[str, Any], priority: int, now: float
-    ) -> None:
-        """Store a pending task. When this returns, the task outlives a loss of power."""
+        self,
+        id: str,
+        prompt: str,
+        model: str,
+        params: dict[str, Any],
+        priority: int,
+        now: float,
+        most_pending: int | None = None,
+        key: Key | None = None,
+    ) -> str:
+        """Store a pending task; when this returns, it outlives a loss of power.
+
+        Returns its id, or that of the task that the same key has added in the last day,
+        with nothing stored. Raises QueueFull and KeyReused.
+        """
         with self._write() as connection:
+            if key and (first := _first_task(connection, key, now)):
+                return first
+            _check_room(connection, most_pending)
             connection.execute(
                 """INSERT INTO tasks
                      (id, prompt, model, params, priority, status, created_at, updated_at)
                    VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)""",
                 (id, prompt, model, json.dumps(params), priority, stamp(now), stamp(now)),
             )
+            if key:
+                connection.execute(
+                    """INSERT INTO idempotency (client, key, fingerprint, task, created)
+                       VALUES (?, ?, ?, ?, ?)""",
+                    (key.client, key.text, key.fingerprint, id, now),
+                )
+            return id
 
     def get(self, id: str) -> Task | None:
         """Read a task, or return None where there is none."""
@@ -295,10 +347,16 @@ class Database:
             ).fetchall()
         return _task(rows)
 
-    def standing(self, task: Task, rate_limit: tuple[int, float] | None, now: float) -> Standing:
+    def standing(
+        self,
+        task: Task,
+        rate_limit: tuple[int, float] | None,
+        now: float,
+        most_calls: int = 0,
+    ) -> Standing:
         """Read all that a pending task waits for, at one instant.
 
-        `ahead` is exact to POSITIONS and one more beyond.
+        `ahead` is exact to POSITIONS and one more beyond, `calls_today` to `most_calls`.
         """
         with self._read() as connection:
             # Two ranges of one index; an OR over both columns would be walked whole.
@@ -322,6 +380,7 @@ class Database:
                 pause_reason=pause_reason,
                 holds=_holds(connection, [ALL_MODELS, task.model]),
                 next_start=rate_limit and _next_start(connection, *rate_limit, now),
+                calls_today=_calls_since(connection, midnight(now), most_calls),
             )
 
     def has_work(self, now: float) -> bool:
@@ -339,6 +398,11 @@ class Database:
         """Return when the rate limit allows the next call (epoch seconds), None for now."""
         with self._read() as connection:
             return _next_start(connection, count, seconds, now)
+
+    def calls_since(self, then: float, most: int) -> int:
+        """Count the calls started since then, up to `most`."""
+        with self._read() as connection:
+            return _calls_since(connection, then, most)
 
     def claim(self, now: float) -> Task | None:
         """Take the next task that may run and note its call, or return None.
@@ -512,9 +576,13 @@ class Database:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def retry(self, id: str, new_id: str, now: float) -> bool:
-        """Add a new task with the input of one that has ended; False where it has not."""
+    def retry(self, id: str, new_id: str, now: float, most_pending: int | None = None) -> bool:
+        """Add a new task with the input of one that has ended; False where it has not.
+
+        Raises QueueFull.
+        """
         with self._write() as connection:
+            _check_room(connection, most_pending)
             if not _changed(
                 connection.execute(
                     f"""{_ADD_AGAIN} WHERE id = :id AND status IN ('completed', 'failed')""",
@@ -529,22 +597,35 @@ class Database:
         self,
         error_code: str | None,
         up_to: int,
+        models: Sequence[str],
         new_id: Callable[[], str],
         now: float,
+        most_pending: int | None = None,
         limit: int = 500,
     ) -> int:
         """Add anew up to `limit` failed tasks not retried yet, the oldest first; say how many.
 
-        Only those whose `seq` is at most `up_to`, and who failed with that code, if any.
+        Only those whose `seq` is at most `up_to`, and who failed with that code and are
+        of these models, if any are given. Raises QueueFull where there is no room for one.
         """
         only = "AND error_code = :code" if error_code else ""
+        if models:
+            only += " AND model IN (SELECT value FROM json_each(:models))"
         with self._write() as connection:
+            limit = min(limit, _room(connection, most_pending))
             rows = connection.execute(
                 f"""SELECT id FROM tasks WHERE status = 'failed' AND retried_as IS NULL
                       AND seq <= :up_to {only}
                     ORDER BY seq LIMIT :limit""",
-                {"code": error_code, "up_to": up_to, "limit": limit},
+                {
+                    "code": error_code,
+                    "up_to": up_to,
+                    "models": json.dumps(models),
+                    "limit": max(limit, 1),
+                },
             ).fetchall()
+            if rows and limit < 1:
+                raise QueueFull
             for (id,) in rows:
                 values = {"id": id, "new_id": new_id(), "stamp": stamp(now)}
                 connection.execute(f"{_ADD_AGAIN} WHERE id = :id", values)
@@ -579,7 +660,6 @@ class Database:
 
     def queue(self, now: float) -> Queue:
         """Read how the queue stands, at one instant."""
-        midnight = now - now % 86400
         with self._read() as connection:
             ((pending, oldest),) = connection.execute(
                 """SELECT count(*), min(created_at) FROM tasks INDEXED BY tasks_age
@@ -589,9 +669,6 @@ class Database:
                 """SELECT paused, pause_reason, quota_total, quota_used, quota_remaining
                    FROM queue"""
             ).fetchall()
-            ((calls,),) = connection.execute(
-                "SELECT count(*) FROM calls WHERE started >= ?", (midnight,)
-            ).fetchall()
             models = connection.execute("SELECT model FROM holds ORDER BY model").fetchall()
             return Queue(
                 pending=pending,
@@ -599,7 +676,7 @@ class Database:
                 paused=bool(paused),
                 pause_reason=reason,
                 oldest_pending=oldest,
-                calls_today=calls,
+                calls_today=_calls_since(connection, midnight(now)),
                 holds=_holds(connection, [model for (model,) in models]),
                 quota=None if quota[0] is None else tuple(quota),
             )
@@ -841,6 +918,51 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
 def _lift_probed(connection: sqlite3.Connection, task: Task) -> None:
     """Lift the holds that this task probed, but for the one it has just set again."""
     connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
+
+
+def _first_task(connection: sqlite3.Connection, key: Key, now: float) -> str | None:
+    connection.execute(
+        """DELETE FROM idempotency WHERE rowid IN (
+             SELECT rowid FROM idempotency WHERE created <= ? ORDER BY created LIMIT 500)""",
+        (now - KEY_SECONDS,),
+    )
+    rows = connection.execute(
+        """SELECT fingerprint, task FROM idempotency
+           WHERE client = ? AND key = ? AND created > ?""",
+        (key.client, key.text, now - KEY_SECONDS),
+    ).fetchall()
+    if rows and rows[0][0] != key.fingerprint:
+        raise KeyReused
+    return rows[0][1] if rows else None
+
+
+def _room(connection: sqlite3.Connection, most_pending: int | None) -> int:
+    """Return how many more tasks may be pending."""
+    if most_pending is None:
+        return sys.maxsize
+    ((pending,),) = connection.execute(
+        """SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_line
+                                 WHERE status = 'pending' LIMIT ?)""",
+        (most_pending,),
+    ).fetchall()
+    return most_pending - pending
+
+
+def _check_room(connection: sqlite3.Connection, most_pending: int | None) -> None:
+    if _room(connection, most_pending) < 1:
+        raise QueueFull
+
+
+def _calls_since(connection: sqlite3.Connection, then: float, most: int = -1) -> int:
+    ((calls,),) = connection.execute(
+        "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)", (then, most)
+    ).fetchall()
+    return calls
+
+
+def midnight(now: float) -> float:
+    """Return when the UTC day began, in epoch seconds."""
+    return now - now % 86400
 
 
 def _holds(connection: sqlite3.Connection, models: list[str]) -> tuple[Hold, ...]:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import (
@@ -71,17 +72,29 @@ class Generate(BaseModel):
         return self.model_dump(exclude={"prompt", "model", "priority"}, exclude_none=True)
 
 
-def parse_generate(body: bytes, default_model: str, model_in_url: bool) -> Generate:
-    """Read a request for one image from JSON, or raise Invalid."""
+def parse_generate(
+    body: bytes, default_model: str, model_in_url: bool, models: Sequence[str] = ()
+) -> Generate:
+    """Read a request for one image from JSON, or raise Invalid; no `models` allow all."""
     fields = _json_object(body)
     if _is_blank(fields.get("prompt")):
         raise Invalid("Prompt is required")
     if fields.get("model") is None:
         fields["model"] = default_model
     try:
-        return Generate.model_validate(fields, context={"model_in_url": model_in_url})
+        wanted = Generate.model_validate(fields, context={"model_in_url": model_in_url})
     except ValidationError as error:
         raise Invalid(_sentence(error)) from error
+    if fault := model_not_allowed(wanted.model, models):
+        raise Invalid(fault)
+    return wanted
+
+
+def model_not_allowed(model: str, models: Sequence[str]) -> str | None:
+    """Return the sentence that names the models allowed, or None where this one is."""
+    if not models or model in models:
+        return None
+    return f"model must be one of {', '.join(models)}, not {_shown(model)}"
 
 
 def _is_blank(prompt: Any) -> bool:

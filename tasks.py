@@ -1,5 +1,6 @@
 """The routes of tasks and of the queue: submit, look, cancel, retry, delete, pause."""
 
+import hashlib
 import re
 import time
 import uuid
@@ -41,14 +42,33 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
     @routes.post("/generate")
     def generate() -> Answer:
         try:
-            wanted = schema.parse_generate(_json_body(), config.default_model, config.model_in_url)
+            wanted = schema.parse_generate(
+                _json_body(), config.default_model, config.model_in_url, config.models
+            )
         except schema.Invalid as error:
             abort(400, str(error))
-        task_id = str(uuid.uuid4())
-        database.add(
-            task_id, wanted.prompt, wanted.model, wanted.params(), wanted.priority, time.time()
-        )
-        return _accepted(task_id)
+        new_id = str(uuid.uuid4())
+        try:
+            task_id = database.add(
+                new_id,
+                wanted.prompt,
+                wanted.model,
+                wanted.params(),
+                wanted.priority,
+                time.time(),
+                config.max_pending,
+                _idempotency_key(wanted),
+            )
+        except db.KeyReused:
+            abort(
+                422,
+                "This Idempotency-Key came with another request before; "
+                "send the same request again, or another key",
+            )
+        answer, status, headers = _accepted(task_id)
+        if task_id != new_id:
+            headers["Idempotent-Replayed"] = "true"
+        return answer, status, headers
 
     @routes.get("/status/<task_id>")
     def status(task_id: str) -> Response:
@@ -80,8 +100,10 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
     @routes.post("/tasks/<task_id>/retry")
     def retry(task_id: str) -> Answer:
         task = known(database, task_id)
+        if fault := schema.model_not_allowed(task.model, config.models):
+            abort(400, fault)
         new_id = str(uuid.uuid4())
-        if not database.retry(task.id, new_id, time.time()):
+        if not database.retry(task.id, new_id, time.time(), config.max_pending):
             return _conflict(task, "has not ended yet; cancel it first, or wait")
         return _accepted(new_id)
 
@@ -122,8 +144,19 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         newest = database.newest(None, None, None, 1)
         up_to = newest[0].seq if newest else 0
         retried = 0
-        while some := database.retry_failed(code, up_to, lambda: str(uuid.uuid4()), time.time()):
-            retried += some
+        try:
+            while some := database.retry_failed(
+                code,
+                up_to,
+                config.models,
+                lambda: str(uuid.uuid4()),
+                time.time(),
+                config.max_pending,
+            ):
+                retried += some
+        except db.QueueFull:
+            if not retried:
+                raise
         return retried
 
     def _accepted(task_id: str) -> Answer:
@@ -140,6 +173,17 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return _task_json(task, config, database)
 
     return routes
+
+
+def _idempotency_key(wanted: schema.Generate) -> db.Key | None:
+    """Return the key that came with the request, or None, or answer 400."""
+    text = request.headers.get("Idempotency-Key")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[\x20-\x7e]{1,255}", text):
+        abort(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
+    fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
+    return db.Key(g.client, text, fingerprint)
 
 
 def known(database: Database, task_id: str, worker: Worker | None = None, seconds: int = 0) -> Task:
@@ -219,7 +263,7 @@ def _task_json(task: Task, config: Config, database: Database) -> dict[str, Any]
     position = reason = None
     if task.status == "pending":
         now = time.time()
-        standing = database.standing(task, rate_limit(config), now)
+        standing = database.standing(task, rate_limit(config), now, config.max_per_day)
         position = standing.ahead + 1 if standing.ahead < db.POSITIONS else None
         reason = waiting_for(task, standing, config, now)
     return {

@@ -191,7 +191,9 @@ class Worker:
             self._wake.wait(1)
 
     def _rate_limited(self, now: float) -> bool:
-        limit = rate_limit(self._config)
+        limit, most = rate_limit(self._config), self._config.max_per_day
+        if most and self._db.calls_since(db.midnight(now), most) >= most:
+            return True
         return limit is not None and self._db.next_start(*limit, now) is not None
 
     def _disk_is_full(self, now: float) -> bool:
@@ -498,6 +500,10 @@ def waiting_for(task: Task, standing: Standing, config: Config, now: float) -> s
             f"attempt {task.attempts + 1} of {config.max_attempts} "
             f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"
         )
+    most = config.max_per_day
+    if most and standing.calls_today >= most:
+        tomorrow = _clock_time(db.midnight(now) + 86400, now, dated=True)
+        return f"the limit of {most} calls a day (MAX_PER_DAY); next start at {tomorrow}"
     if standing.next_start:
         limit = config.rate_limit
         return (

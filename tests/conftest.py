@@ -118,3 +118,19 @@ def paused(serve, upstream):
     """Return a client of an application whose calls do not return."""
     upstream.gate.clear()
     return serve(CONCURRENCY=1, SHUTDOWN_GRACE=0)
+
+
+@pytest.fixture
+def make(configure, upstream):
+    from queues import Queue
+
+    made = []
+
+    def build(clock=None, jitter=0.0, **values):
+        values = {"CHUTES_API_URL": upstream.url, "SHUTDOWN_GRACE": 0, **values}
+        made.append(Queue(configure(**values), upstream, clock or Clock(), jitter))
+        return made[-1]
+
+    yield build
+    for built in made:
+        built.close()

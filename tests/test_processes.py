@@ -394,6 +394,32 @@ def established(port):
     return [f for f in fields if f[1].endswith(f":{port:04X}") and f[3] == "01"]
 
 
+def test_fifty_at_once_with_one_key_make_one_task_in_all_processes(start, upstream):
+    server = start(WORKERS=4)
+    server.running()
+    together, answers = threading.Barrier(50), []
+
+    def send():
+        request = urllib.request.Request(
+            f"{server.address}/generate", b'{"prompt": "p"}', {"Idempotency-Key": "once"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        together.wait(30)
+        with opener.open(request, timeout=30) as answer:
+            answers.append((answer.headers["Idempotent-Replayed"], json.load(answer)["id"]))
+
+    threads = [threading.Thread(target=send) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(answers) == 50 and len({task_id for _, task_id in answers}) == 1
+    assert sum(replayed == "true" for replayed, _ in answers) == 49
+    server.all_end([answers[0][1]])
+    assert len(upstream.calls) == 1
+    assert server.rows("SELECT count(*) FROM tasks") == [(1,)]
+
+
 def test_curl_ends_with_the_picture_under_its_right_name(start, upstream, tmp_path):
     server = start()
     server.running()

@@ -1,0 +1,75 @@
+"""The queue in one process, for the tests that turn its clock."""
+
+import threading
+import uuid
+
+from conftest import wait_until
+
+import images
+import worker
+from chutes import Chutes
+from db import Database
+from worker import Worker, waiting_for
+
+
+class Queue:
+    """A worker, its database and an upstream, under a clock that a test turns."""
+
+    def __init__(self, config, upstream, clock, jitter=0.0):
+        config.output_dir.mkdir(exist_ok=True)
+        self.config = config
+        self.upstream = upstream
+        self.clock = clock
+        self.db = Database(config.database_path)
+        self.decoder = images.Decoder()
+        client = Chutes(config, clock)
+        self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: jitter)
+
+    def add(self, prompt="p", model="m", priority=0):
+        task_id = str(uuid.uuid4())
+        self.db.add(task_id, prompt, model, {}, priority, self.clock())
+        self.worker.wake()
+        return task_id
+
+    def start(self):
+        self.worker.start()
+        return self
+
+    def task(self, task_id):
+        return self.db.get(task_id)
+
+    def until(self, task_id, **wanted):
+        """Wait until the task's attributes are these, and return it."""
+
+        def look():
+            task = self.task(task_id)
+            return all(getattr(task, k) == v for k, v in wanted.items()) and task
+
+        return wait_until(look, what=f"{self.task(task_id)} did not become {wanted}")
+
+    def ended(self, task_id):
+        return wait_until(lambda: self.task(task_id).finished_at and self.task(task_id))
+
+    def waits(self, task_id):
+        task = self.task(task_id)
+        limit = worker.rate_limit(self.config)
+        standing = self.db.standing(task, limit, self.clock())
+        return waiting_for(task, standing, self.config, self.clock())
+
+    def files(self):
+        return sorted(file.name for file in self.config.output_dir.iterdir())
+
+    def outcomes(self):
+        with self.db._read() as connection:
+            sql = "SELECT outcome FROM calls ORDER BY started, number"
+            return [row[0] for row in connection.execute(sql).fetchall()]
+
+    def close(self):
+        self.worker.stop()
+        self.decoder.close()
+        self.db.close()
+
+
+def steady(fact, looks=20):
+    """Look again for as many turns of the queue as would let it happen."""
+    return any(fact() or threading.Event().wait(worker.LOOK_SECONDS) for _ in range(looks))
