@@ -18,6 +18,7 @@ from werkzeug.exceptions import (
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import config as settings
+import gauges
 import guard
 import logs
 import pictures
@@ -62,8 +63,9 @@ def create_app(config: Config) -> Flask:
         g.began = time.monotonic()
         g.request_id = guard.request_id()
         worker.start()
-        guard.check_page(config)
-        g.client = guard.check_key(config)
+        if request.path != "/healthz":
+            guard.check_page(config)
+            g.client = guard.check_key(config)
 
     @app.after_request
     def note(response: Response) -> Response:
@@ -93,12 +95,19 @@ def create_app(config: Config) -> Flask:
         answer = jsonify(error=f"The queue is full: {sentence}. Try again later")
         return answer, 429, {"Retry-After": "30"}
 
+    @app.errorhandler(tasks.LowOnDisk)
+    def low_on_disk(error: tasks.LowOnDisk) -> tuple[Response, int, dict[str, str]]:
+        sentence = f"Less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
+        answer = jsonify(error=f"{sentence}; nothing was stored. Free some, then try again")
+        return answer, 507, {"Retry-After": "60"}
+
     @app.errorhandler(Exception)
     def defect(error: Exception) -> tuple[Response, int]:
         log.error("a defect of this server", exc_info=error)
         return jsonify(error="A defect of this server; its log tells more"), 500
 
     app.register_blueprint(tasks.blueprint(config, database, worker))
+    app.register_blueprint(gauges.blueprint(config, database, worker))
     app.register_blueprint(pictures.blueprint(config, database, worker, decoder))
     return app
 

@@ -62,6 +62,8 @@ class Config:
     max_pending: int
     max_per_day: int
     models: tuple[str, ...]
+    min_free_mb: int
+    retention_days: int
 
     @property
     def model_in_url(self) -> bool:
@@ -360,6 +362,8 @@ _SETTINGS: dict[str, tuple[Any, Callable]] = {
     "MAX_PENDING": (10000, _integer(1, 1_000_000_000)),
     "MAX_PER_DAY": (0, _integer(0, 1_000_000_000)),
     "MODELS": (tuple, _names),
+    "MIN_FREE_MB": (200, _integer(0, 1_000_000_000)),
+    "RETENTION_DAYS": (0, _integer(0, 36_500)),
     "PUBLIC_URL": (None, _public_url),
     "TRUSTED_PROXIES": (0, _integer(0, 10)),
 }

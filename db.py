@@ -150,6 +150,20 @@ class Queue:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """Numbers of all processes since the first start; only tasks and failures can shrink.
+
+    `buckets` are upper bounds in seconds, and how many calls took at most that long.
+    """
+
+    tasks: dict[str, int]
+    failures: dict[str, int]
+    buckets: tuple[tuple[float, int], ...]
+    upstream_seconds: float
+    image_bytes: int
+
+
+@dataclass(frozen=True)
 class Standing:
     """What a pending task waits for: its place in the line and all that holds it."""
 
@@ -206,6 +220,13 @@ CREATE INDEX tasks_status_model ON tasks (status, model, seq);
 CREATE INDEX tasks_unretried ON tasks (error_code, seq)
   WHERE status = 'failed' AND retried_as IS NULL;
 
+CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
+
+-- How many calls took at most so many seconds; 9e999 is infinity.
+CREATE TABLE buckets (le REAL PRIMARY KEY, calls INTEGER NOT NULL DEFAULT 0) STRICT;
+INSERT INTO buckets (le) VALUES (0.5), (1), (2.5), (5), (10), (20), (40), (80), (160), (320),
+  (640), (9e999);
+
 CREATE TABLE idempotency (
   client TEXT NOT NULL,
   key TEXT NOT NULL,
@@ -245,7 +266,9 @@ CREATE TABLE queue (
   pause_reason TEXT,
   quota_total ANY,
   quota_used ANY,
-  quota_remaining ANY
+  quota_remaining ANY,
+  upstream_seconds REAL NOT NULL DEFAULT 0,
+  image_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO queue (id) VALUES (1);
 """
@@ -461,6 +484,7 @@ class Database:
                 )
             ):
                 return False
+            connection.execute("UPDATE queue SET image_bytes = image_bytes + ?", (image.bytes,))
             _lift_probed(connection, task)
             return True
 
@@ -647,6 +671,22 @@ class Database:
             connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (id,))
             return True
 
+    def retire(self, finished_before: float, limit: int) -> list[Task]:
+        """Delete up to `limit` tasks that ended before then, with their calls, as `remove` does."""
+        cutoff = stamp(finished_before)
+        with self._read() as connection:
+            old = "FROM tasks INDEXED BY tasks_finished WHERE finished_at < ? LIMIT ?"
+            if not connection.execute(f"SELECT 1 {old}", (cutoff, 1)).fetchall():
+                return []
+        with self._write() as connection:
+            rows = connection.execute(f"SELECT {_COLUMNS} {old}", (cutoff, limit)).fetchall()
+            tasks = [_task([row]) for row in rows]
+            for task in tasks:
+                connection.execute("DELETE FROM tasks WHERE seq = ?", (task.seq,))
+                connection.execute("DELETE FROM calls WHERE task = ?", (task.id,))
+                connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task.id,))
+            return tasks
+
     def removals(self) -> list[str]:
         """Return the deleted tasks whose files may still be there."""
         with self._read() as connection:
@@ -680,6 +720,26 @@ class Database:
                 holds=_holds(connection, [model for (model,) in models]),
                 quota=None if quota[0] is None else tuple(quota),
             )
+
+    def check(self) -> None:
+        """Write nothing of note, to see that it can be written. Raises DatabaseError."""
+        with self._write() as connection:
+            connection.execute("UPDATE queue SET paused = paused")
+
+    def measure(self) -> Measures:
+        """Read the numbers that are for gauges only."""
+        with self._read() as connection:
+            statuses = connection.execute(
+                "SELECT status, count(*) FROM tasks GROUP BY 1"
+            ).fetchall()
+            failures = connection.execute(
+                "SELECT error_code, count(*) FROM tasks WHERE status = 'failed' GROUP BY 1"
+            ).fetchall()
+            buckets = connection.execute("SELECT le, calls FROM buckets ORDER BY le").fetchall()
+            ((seconds, bytes_),) = connection.execute(
+                "SELECT upstream_seconds, image_bytes FROM queue"
+            ).fetchall()
+        return Measures(dict(statuses), dict(failures), tuple(buckets), seconds, bytes_)
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
@@ -842,6 +902,13 @@ class Database:
                     task.calls,
                 ),
             )
+            if call.seconds is not None:
+                connection.execute(
+                    "UPDATE buckets SET calls = calls + 1 WHERE le >= ?", (call.seconds,)
+                )
+                connection.execute(
+                    "UPDATE queue SET upstream_seconds = upstream_seconds + ?", (call.seconds,)
+                )
             if call.quota:
                 connection.execute(
                     "UPDATE queue SET quota_total = ?, quota_used = ?, quota_remaining = ?",

@@ -15,7 +15,7 @@ import db
 import schema
 from config import Config
 from db import Database, Task
-from worker import Worker, rate_limit, waiting_for
+from worker import Worker, is_low_on_disk, rate_limit, waiting_for
 
 MAX_BODY = 1024 * 1024
 STATUSES = ("pending", "processing", "completed", "failed")
@@ -32,6 +32,11 @@ _CANCEL_SECONDS = 1.0
 # curl declares a form for `-d`, whatever it sends.
 _FORM = "application/x-www-form-urlencoded"
 
+
+class LowOnDisk(Exception):
+    """Less than MIN_FREE_MB is free; nothing was stored."""
+
+
 Answer = tuple[Response, int, dict[str, str]]
 
 
@@ -47,6 +52,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
             )
         except schema.Invalid as error:
             abort(400, str(error))
+        _check_disk(config)
         new_id = str(uuid.uuid4())
         try:
             task_id = database.add(
@@ -102,6 +108,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         task = known(database, task_id)
         if fault := schema.model_not_allowed(task.model, config.models):
             abort(400, fault)
+        _check_disk(config)
         new_id = str(uuid.uuid4())
         if not database.retry(task.id, new_id, time.time(), config.max_pending):
             return _conflict(task, "has not ended yet; cancel it first, or wait")
@@ -113,6 +120,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         code = request.args.get("error_code") or None
         if code and code not in ERROR_CODES:
             abort(400, f"error_code must be one of {', '.join(ERROR_CODES)}")
+        _check_disk(config)
         retried = _retry_failed(code)
         worker.wake()
         return jsonify(retried=retried), 202
@@ -173,6 +181,11 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return _task_json(task, config, database)
 
     return routes
+
+
+def _check_disk(config: Config) -> None:
+    if is_low_on_disk(config):
+        raise LowOnDisk
 
 
 def _idempotency_key(wanted: schema.Generate) -> db.Key | None:
@@ -265,7 +278,7 @@ def _task_json(task: Task, config: Config, database: Database) -> dict[str, Any]
         now = time.time()
         standing = database.standing(task, rate_limit(config), now, config.max_per_day)
         position = standing.ahead + 1 if standing.ahead < db.POSITIONS else None
-        reason = waiting_for(task, standing, config, now)
+        reason = waiting_for(task, standing, config, now, is_low_on_disk(config))
     return {
         "id": task.id,
         "prompt": task.prompt,
@@ -312,7 +325,7 @@ def _queue_json(config: Config, database: Database) -> dict[str, Any]:
         "pause_reason": queue.pause_reason,
         "concurrency": config.concurrency,
         "rate_limit": f"{limit.count}/{limit.seconds:g}" if limit else None,
-        "oldest_pending_seconds": _age(queue.oldest_pending, now),
+        "oldest_pending_seconds": age(queue.oldest_pending, now),
         "calls_today": queue.calls_today,
         "held": [
             {"model": hold.model, "reason": hold.reason, "until": db.stamp(hold.until)}
@@ -323,7 +336,8 @@ def _queue_json(config: Config, database: Database) -> dict[str, Any]:
     }
 
 
-def _age(created_at: str | None, now: float) -> int | None:
+def age(created_at: str | None, now: float) -> int | None:
+    """Return the whole seconds since a time as the rows have it, or None."""
     if created_at is None:
         return None
     created = datetime.strptime(created_at, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ MAX_BACKOFF = 300.0
 RATE_MARGIN = 0.25
 _CUT_SECONDS = 5.0
 _STORAGE_LOOK_SECONDS = 1.0
+_RETIRE_SECONDS = 60.0
+_RETIRE_STEP = 5
 
 log = logging.getLogger("worker")
 
@@ -66,6 +69,7 @@ class Worker:
         self._starting = threading.Lock()
         self._next_expiry = 0.0
         self._last_look = 0.0
+        self._last_retired = 0.0
         self._over = threading.Event()
 
     def start(self, wanted: Callable[[], bool] = lambda: True) -> None:
@@ -94,11 +98,18 @@ class Worker:
         if not self._db.remove(task.id):
             return False
         self.waiters.ended(task.id)
-        if task.file_path:
-            with suppress(OSError):  # It may be in a folder that was OUTPUT_DIR before.
-                Path(task.file_path).unlink(missing_ok=True)
-        self._remove_files(task.id)
+        self._remove_files(task)
         return True
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether this process starts no more calls."""
+        return self._draining
+
+    def is_run_by_any(self) -> bool:
+        """Tell whether some process, this one or another, runs the queue."""
+        with _QueueLock(self._config.database_path) as lock:
+            return not lock.acquire()
 
     def drain(self) -> None:
         """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cut them.
@@ -146,6 +157,7 @@ class Worker:
         try:
             self._watch_the_clock()
             self._expire()
+            self._retire()
             self._cut_canceled()
             self.waiters.look()
             while self._has_room() and not self._should_drain() and self._start_one(pool):
@@ -197,7 +209,9 @@ class Worker:
         return limit is not None and self._db.next_start(*limit, now) is not None
 
     def _disk_is_full(self, now: float) -> bool:
-        """Tell whether a hold for want of room must go on, before a call is paid for."""
+        """Tell whether there is too little room to pay for a call."""
+        if is_low_on_disk(self._config):
+            return True
         hold = self._db.hold(db.ALL_MODELS)
         if not hold or not hold.room or images.has_room(self._config.output_dir, hold.room):
             return False
@@ -211,6 +225,19 @@ class Worker:
             log.warning("the clock was set back", extra={"seconds": self._last_look - now})
             self._db.set_clock_back(now, MAX_BACKOFF)
         self._last_look = now
+
+    def _retire(self) -> None:
+        """Remove what ended RETENTION_DAYS ago, a few tasks a turn."""
+        now = self._clock()
+        if not self._config.retention_days or abs(now - self._last_retired) < _RETIRE_SECONDS:
+            return
+        retired = self._db.retire(now - self._config.retention_days * 86400, _RETIRE_STEP)
+        for task in retired:
+            self._remove_files(task)
+        if retired:
+            log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
+        else:
+            self._last_retired = now
 
     def _expire(self) -> None:
         """Fail what has waited too long; once a second, in steps."""
@@ -229,7 +256,13 @@ class Worker:
             if task_id in self._running:
                 self._running[task_id][1].cut("canceled")
 
-    def _remove_files(self, task_id: str) -> None:
+    def _remove_files(self, task: Task) -> None:
+        if task.file_path:
+            with suppress(OSError):  # It may be in a folder that was OUTPUT_DIR before.
+                Path(task.file_path).unlink(missing_ok=True)
+        self._finish_removal(task.id)
+
+    def _finish_removal(self, task_id: str) -> None:
         try:
             for extension in images.EXTENSIONS:
                 (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
@@ -378,7 +411,7 @@ class Worker:
         """Settle what the last process to run the queue left under way, and begin anew."""
         self._db.begin(self._config.max_attempts, self._clock())
         for task_id in self._db.removals():
-            self._remove_files(task_id)
+            self._finish_removal(task_id)
         for task in self._db.orphans():
             found = None
             try:
@@ -483,11 +516,29 @@ def rate_limit(config: Config) -> tuple[int, float] | None:
     return limit and (limit.count, limit.seconds + RATE_MARGIN)
 
 
-def waiting_for(task: Task, standing: Standing, config: Config, now: float) -> str:
+def is_low_on_disk(config: Config) -> bool:
+    """Tell whether less than MIN_FREE_MB is free where images or the database are."""
+    floor = config.min_free_mb * 1024 * 1024
+    return any(
+        shutil.disk_usage(_nearest(folder)).free < floor
+        for folder in (config.output_dir, config.database_path.parent)
+    )
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the one that it would be made in."""
+    return folder if folder.exists() or folder == folder.parent else _nearest(folder.parent)
+
+
+def waiting_for(
+    task: Task, standing: Standing, config: Config, now: float, low_on_disk: bool = False
+) -> str:
     """Say what a pending task waits for: the first thing that would have to change."""
     if standing.paused:
         reason = standing.pause_reason
         return f"the queue is paused: {reason}" if reason else "the queue is paused"
+    if low_on_disk:
+        return f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
     for hold in standing.holds:
         if hold.probe:
             return f"{hold.reason}; one task is trying now"

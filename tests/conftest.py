@@ -11,6 +11,8 @@ import logs
 from app import close, create_app
 from db import Database
 
+PROMPT = "a fox of the tests"
+KEYS = "first-key-of-the-tests,second-key-of-the-tests"
 TOKEN = "cpk_0123456789abcdef0123456789abcdef.fedcba98.ThisIsTheSecretOfTheTests"
 
 
@@ -33,7 +35,7 @@ def wait_until(fact, seconds=20, what="the fact did not come about"):
     return found
 
 
-def submit(client, prompt="a fox", **fields):
+def submit(client, prompt=PROMPT, **fields):
     answer = client.post("/generate", json={"prompt": prompt, **fields})
     assert answer.status_code == 202, answer.json
     return answer.json["id"]
@@ -47,9 +49,12 @@ def finished(client, task_id):
     return wait_until(look)
 
 
-@pytest.fixture
-def logged(configure):
-    """Return the lines that are logged, with all their facts and nothing hidden."""
+@pytest.fixture(autouse=True)
+def logged():
+    """Return the lines that are logged, with all their facts and nothing hidden.
+
+    In no test may one of them hold a secret or the words of a prompt.
+    """
     lines = []
     handler = logging.Handler()
     formatter = logs.formatter("text", lambda text: text)
@@ -61,6 +66,13 @@ def logged(configure):
     yield lines
     root.removeHandler(handler)
     root.setLevel(level)
+    check_lines("\n".join(lines))
+
+
+def check_lines(text):
+    """Assert that no log line tells what it must not."""
+    for word in (TOKEN, PROMPT, *KEYS.split(",")):
+        assert word not in text
 
 
 @pytest.fixture

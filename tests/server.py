@@ -13,7 +13,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from conftest import TOKEN, wait_until
+from conftest import PROMPT, TOKEN, check_lines, wait_until
 from upstream import closed_port
 
 import images
@@ -103,7 +103,7 @@ class Server:
             with error:
                 return error.code, error.headers, json.load(error)
 
-    def submit(self, prompt="p", **fields):
+    def submit(self, prompt=PROMPT, **fields):
         status, _, task = self.request("POST", "/generate", {"prompt": prompt, **fields})
         assert status == 202, task
         return task["id"]
@@ -145,6 +145,7 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        check_lines(self.log())
 
     def rows(self, sql):
         connection = sqlite3.connect(f"file:{self.folder}/tasks.sqlite3?mode=ro", uri=True)

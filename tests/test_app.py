@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN, finished, submit, wait_until
+from conftest import PROMPT, TOKEN, finished, submit, wait_until
 from upstream import Answer, picture, refusal
 
 from app import close, create_app
@@ -36,7 +36,7 @@ def test_a_prompt_becomes_a_picture_on_disk(client, upstream, tmp_path):
 
 
 def test_submitting_answers_as_the_original_did(client):
-    answer = client.post("/generate", json={"prompt": "a fox"})
+    answer = client.post("/generate", json={"prompt": PROMPT})
     assert answer.status_code == 202
     assert list(answer.json) == ["id", "status", "message"]
     assert str(uuid.UUID(answer.json["id"], version=4)) == answer.json["id"]
@@ -71,7 +71,7 @@ def test_what_is_not_given_is_not_sent(client, upstream):
     assert upstream.calls == [
         {
             "model": "qwen-image",
-            "prompt": "a fox",
+            "prompt": PROMPT,
             "guidance_scale": 7.5,
             "width": 1024,
             "height": 1024,
@@ -192,7 +192,7 @@ def test_a_prompt_of_markup_is_only_text(client, upstream):
     ],
 )
 def test_json_may_be_declared_as_json_as_a_form_or_not_at_all(client, declared):
-    body = json.dumps({"prompt": "a fox"})
+    body = json.dumps({"prompt": PROMPT})
     assert client.post("/generate", data=body, content_type=declared).status_code == 202
 
 

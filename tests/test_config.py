@@ -88,6 +88,8 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
         ("DATABASE_PATH", "folder"),
         ("OUTPUT_DIR", "file"),
         ("OUTPUT_DIR", "file/below"),
+        ("MIN_FREE_MB", "-1"),
+        ("RETENTION_DAYS", "1.5"),
         ("MAX_PENDING", "0"),
         ("MAX_PER_DAY", "-1"),
         ("MODELS", "qwen-image,../etc"),

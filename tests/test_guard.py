@@ -4,10 +4,8 @@ import re
 import uuid
 
 import pytest
-from conftest import finished, submit
+from conftest import KEYS, finished, submit
 from upstream import refusal
-
-KEYS = "first-key-of-the-tests,second-key-of-the-tests"
 
 
 @pytest.fixture

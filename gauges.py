@@ -1,0 +1,104 @@
+"""How it goes: whether the process lives, whether it can serve, and numbers for Prometheus."""
+
+import time
+from collections.abc import Iterator
+
+from flask import Blueprint, Response, jsonify
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from config import Config
+from db import Database, DatabaseError
+from tasks import ERROR_CODES, STATUSES, age
+from worker import Worker, is_low_on_disk
+
+
+def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
+    """Build the routes over this database and this worker."""
+    routes = Blueprint("gauges", __name__)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Numbers(database))
+
+    @routes.get("/healthz")
+    def healthz() -> Response:
+        return jsonify(status="ok")
+
+    @routes.get("/readyz")
+    def readyz() -> tuple[Response, int]:
+        problems = list(_problems(config, database, worker))
+        if not problems:
+            return jsonify(status="ok", problems=[]), 200
+        return jsonify(error=f"Not ready: {'; '.join(problems)}", problems=problems), 503
+
+    @routes.get("/metrics")
+    def metrics() -> Response:
+        return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    return routes
+
+
+def _problems(config: Config, database: Database, worker: Worker) -> Iterator[str]:
+    try:
+        database.check()
+        reason = database.queue(time.time()).pause_reason
+    except DatabaseError as error:
+        yield str(error)
+    else:
+        if reason:
+            yield f"the queue is paused: {reason}"
+    if is_low_on_disk(config):
+        yield f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
+    if worker.is_draining:
+        yield "this process is stopping"
+    if not worker.is_run_by_any():
+        yield "no process runs the queue"
+
+
+class _Numbers(Collector):
+    """Read the numbers from the database at each scrape: they hold over processes and restarts."""
+
+    def __init__(self, database: Database):
+        self._db = database
+
+    def collect(self) -> Iterator[Metric]:
+        now = time.time()
+        measures, queue = self._db.measure(), self._db.queue(now)
+        tasks = GaugeMetricFamily("image_proxy_tasks", "Tasks by status.", labels=["status"])
+        for status in STATUSES:
+            tasks.add_metric([status], measures.tasks.get(status, 0))
+        yield tasks
+        failures = GaugeMetricFamily(
+            "image_proxy_failures", "Failed tasks by error_code.", labels=["error_code"]
+        )
+        for code in ERROR_CODES:
+            failures.add_metric([code], measures.failures.get(code, 0))
+        yield failures
+        yield GaugeMetricFamily(
+            "image_proxy_queue_depth", "Tasks that wait or run.", queue.pending + queue.processing
+        )
+        yield GaugeMetricFamily(
+            "image_proxy_oldest_pending_seconds",
+            "Age of the task that waits longest.",
+            age(queue.oldest_pending, now) or 0,
+        )
+        yield GaugeMetricFamily(
+            "image_proxy_held_models", "Holds of models, or of all.", len(queue.holds)
+        )
+        yield GaugeMetricFamily("image_proxy_paused", "1 while the queue is paused.", queue.paused)
+        yield HistogramMetricFamily(
+            "image_proxy_upstream_seconds",
+            "Seconds that calls to Chutes took.",
+            buckets=[(floatToGoString(bound), calls) for bound, calls in measures.buckets],
+            sum_value=measures.upstream_seconds,
+        )
+        yield CounterMetricFamily(
+            "image_proxy_image_bytes", "Bytes of all images that were stored.", measures.image_bytes
+        )

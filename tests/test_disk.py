@@ -1,0 +1,182 @@
+"""What happens when the disk runs full, and how it is kept from that."""
+
+import os
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from conftest import Clock, finished, submit, wait_until
+from server import Server
+from upstream import Answer, picture
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mount a disk of 24 MB, where this user may, and return its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount; the same faults are injected elsewhere")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def free(folder):
+    return os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+
+
+def fill(folder, leave):
+    """Leave so many bytes free on the disk; return the file that takes the others."""
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free(folder) - leave)
+    return ballast
+
+
+@pytest.fixture
+def start(disk, upstream):
+    servers = []
+
+    def make(**values):
+        servers.append(Server(disk / "server", upstream.url, RETRY_BACKOFF=0.1, **values))
+        return servers[-1].ready()
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
+    server = start(MIN_FREE_MB=4, CONCURRENCY=1)
+    server.running()
+    upstream.gate.clear()
+    ids = [server.submit(f"p{n}") for n in range(3)]
+    wait_until(lambda: upstream.at_once == 1)
+    ballast = fill(disk, 2 * 1024 * 1024)
+    status, headers, answer = server.request("POST", "/generate", {"prompt": "p"})
+    assert (status, int(headers["Retry-After"]) > 0) == (507, True)
+    assert "MIN_FREE_MB" in answer["error"]
+    upstream.gate.set()
+    wait_until(lambda: server.status(ids[0])["status"] == "completed")
+    waits = server.status(ids[1])["waiting_for"]
+    assert waits == "less than 4 MB are free on the disk (MIN_FREE_MB)"
+    assert len(upstream.calls) == 1, "nothing is paid for that may not be stored"
+    ballast.unlink()
+    ids.append(server.submit())
+    tasks = server.all_end(ids)
+    assert [(task["status"], task["attempts"]) for task in tasks] == [("completed", 1)] * 4
+    server.check_files(tasks)
+
+
+def test_no_room_while_an_image_is_written(start, disk, upstream):
+    data = picture("PNG", (64, 64)) + os.urandom(6 * 1024 * 1024)
+    upstream.decide = lambda fields: Answer(body=data)
+    server = start(MIN_FREE_MB=0, CONCURRENCY=1)
+    server.running()
+    upstream.gate.clear()
+    ids = [server.submit(f"p{n}") for n in range(2)]
+    wait_until(lambda: upstream.at_once == 1)
+    ballast = fill(disk, 3 * 1024 * 1024)
+    upstream.gate.set()
+    words = "There is no room on the disk for the image"
+    wait_until(lambda: words in (server.status(ids[1])["waiting_for"] or ""))
+    assert [server.status(task_id)["attempts"] for task_id in ids] == [0, 0]
+    calls = len(upstream.calls)
+    ballast.unlink()
+    tasks = server.all_end(ids)
+    assert [(task["status"], task["attempts"]) for task in tasks] == [("completed", 1)] * 2
+    server.check_files(tasks)
+    assert len(upstream.calls) == calls + 2
+    assert calls <= 3, "a call is paid for only where there seems to be room"
+
+
+# The same floor, without a disk of its own
+
+
+def test_under_the_floor_nothing_is_stored(serve):
+    client = serve(MIN_FREE_MB=10**9)
+    answer = client.post("/generate", json={"prompt": "p"})
+    assert answer.status_code == 507
+    assert "MIN_FREE_MB" in answer.json["error"]
+    assert int(answer.headers["Retry-After"]) > 0
+    assert client.get("/tasks").json["tasks"] == []
+
+
+def test_under_the_floor_no_task_is_retried(serve):
+    first = serve()
+    task_id = submit(first)
+    finished(first, task_id)
+    first.application.extensions["worker"].stop()
+    client = serve(MIN_FREE_MB=10**9)
+    for path in (f"/tasks/{task_id}/retry", "/tasks/retry"):
+        assert client.post(path).status_code == 507
+    assert len(client.get("/tasks").json["tasks"]) == 1
+
+
+def test_under_the_floor_no_call_is_made(make, upstream):
+    q = make(MIN_FREE_MB=10**9)
+    q.add()
+    q.start()
+    q.worker._wake.wait(0.2)
+    wait_until(lambda: q.worker._last_look)
+    assert upstream.calls == []
+
+
+# RETENTION_DAYS
+
+
+def test_what_ended_long_ago_is_removed_with_its_files(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock, RETENTION_DAYS=30).start()
+    old = [q.until(q.add(f"p{n}"), status="completed") for n in range(12)]
+    thumbnails = q.config.output_dir / "thumbnails"
+    thumbnails.mkdir()
+    (thumbnails / f"{old[0].id}.webp").write_bytes(b"small")
+    clock.now += 29 * 86400
+    young = q.until(q.add(), status="completed")
+    clock.now += 2 * 86400
+    wait_until(lambda: not any(q.task(task.id) for task in old))
+    wait_until(lambda: q.db.removals() == [])
+    assert q.task(young.id)
+    assert q.files() == sorted([Path(young.file_path).name, "thumbnails"])
+    assert list(thumbnails.iterdir()) == []
+    assert q.outcomes() == ["completed"]
+
+
+def test_what_waits_is_not_removed_however_old(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock, RETENTION_DAYS=1, TASK_TTL=0)
+    q.db.pause()
+    task_id = q.add()
+    clock.now += 50 * 86400
+    q.start()
+    wait_until(lambda: q.worker._last_retired == clock.now)
+    assert q.task(task_id).status == "pending"
+
+
+def test_without_retention_all_is_kept(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock).start()
+    task = q.until(q.add(), status="completed")
+    clock.now += 10_000 * 86400
+    q.until(q.add(), status="completed")
+    assert q.task(task.id)
+
+
+def test_a_large_clearing_does_not_stop_the_queue(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock, RETENTION_DAYS=1)
+    with q.db._write() as connection:
+        connection.executemany(
+            """INSERT INTO tasks (id, prompt, model, params, priority, status,
+                                  created_at, updated_at, finished_at)
+               VALUES (?, 'p', 'm', '{}', 0, 'failed', '', '', '2026-01-01 00:00:00')""",
+            ((f"t{n}",) for n in range(3000)),
+        )
+    task_id = q.add()
+    q.start()
+    q.until(task_id, status="completed")
+    ((left,),) = q.db._reader.execute("SELECT count(*) FROM tasks").fetchall()
+    assert left > 1000, "the new task did not wait for the old ones"

@@ -1,0 +1,143 @@
+"""Health, readiness, and the numbers for Prometheus."""
+
+import pytest
+from conftest import finished, submit, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+from upstream import Answer, picture, refusal
+
+from db import Call, DatabaseError
+
+
+def ready(client):
+    answer = client.get("/readyz")
+    return answer.status_code, answer.json["problems"]
+
+
+def test_it_lives(client):
+    answer = client.get("/healthz")
+    assert (answer.status_code, answer.json) == (200, {"status": "ok"})
+
+
+def test_its_life_is_no_secret(serve):
+    client = serve(API_KEYS="a-key")
+    assert client.get("/healthz", headers={"Host": "10.0.0.7"}).status_code == 200
+    for path in ("/readyz", "/metrics"):
+        assert client.get(path).status_code == 401
+
+
+def test_it_is_ready_once_a_process_runs_the_queue(client):
+    client.get("/healthz")
+    wait_until(lambda: ready(client) == (200, []))
+
+
+def problem_of(client, words):
+    client.get("/healthz")
+    wait_until(lambda: len(ready(client)[1]) == 1)
+    status, (problem,) = ready(client)
+    assert status == 503
+    assert words in problem
+    assert problem in client.get("/readyz").json["error"]
+
+
+def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
+    def fail():
+        raise DatabaseError("The database cannot be written: disk I/O error")
+
+    monkeypatch.setattr(client.application.extensions["database"], "check", fail)
+    problem_of(client, "The database cannot be written")
+
+
+def test_a_disk_under_the_floor_is_told(serve):
+    problem_of(serve(MIN_FREE_MB=10**9), "MIN_FREE_MB")
+
+
+def test_a_refused_token_is_told(client, upstream):
+    upstream.decide = lambda fields: refusal(401, "Invalid token.")
+    finished(client, submit(client))
+    problem_of(client, "Chutes refused the API token (401)")
+
+
+def test_a_pause_by_a_person_is_no_problem(client):
+    client.post("/queue/pause")
+    wait_until(lambda: ready(client) == (200, []))
+
+
+def test_stopping_is_told(client):
+    client.get("/healthz")
+    wait_until(lambda: ready(client) == (200, []))
+    client.application.extensions["worker"].stop()
+    assert ready(client) == (503, ["this process is stopping", "no process runs the queue"])
+
+
+def test_another_process_may_run_the_queue(serve):
+    first, second = serve(), serve()
+    first.get("/healthz")
+    wait_until(lambda: ready(first) == (200, []))
+    assert ready(second) == (200, [])
+    second.application.extensions["worker"].stop()
+    assert ready(second) == (503, ["this process is stopping"])
+
+
+def numbers(client):
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.content_type.startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_the_numbers_are_those_of_the_database(serve, upstream):
+    data = picture("PNG", (100, 80))
+    upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer(body=data)
+    client = serve()
+    for prompt in ("good", "good too", "bad"):
+        finished(client, submit(client, prompt))
+    client.post("/queue/pause")
+    submit(client)
+    found = numbers(client)
+    by_status = {key[1][1]: value for key, value in found.items() if key[0] == "image_proxy_tasks"}
+    assert by_status == {"pending": 1, "processing": 0, "completed": 2, "failed": 1}
+    assert found[("image_proxy_failures", ("error_code", "upstream_rejected"))] == 1
+    assert found[("image_proxy_failures", ("error_code", "expired"))] == 0
+    assert found[("image_proxy_queue_depth",)] == 1
+    assert 0 <= found[("image_proxy_oldest_pending_seconds",)] < 60
+    assert found[("image_proxy_held_models",)] == 0
+    assert found[("image_proxy_paused",)] == 1
+    assert found[("image_proxy_image_bytes_total",)] == 2 * len(data)
+    assert found[("image_proxy_upstream_seconds_count",)] == 3
+    assert found[("image_proxy_upstream_seconds_bucket", ("le", "+Inf"))] == 3
+    assert found[("image_proxy_upstream_seconds_bucket", ("le", "640.0"))] == 3
+    assert 0 < found[("image_proxy_upstream_seconds_sum",)] < 60
+
+
+def test_a_slow_call_is_in_no_bucket_below_it(database):
+    database.add("a", "p", "m", {}, 0, 1_790_000_000.0)
+    task = database.claim(1_790_000_000.0)
+    database.fail(task, Call("storage", 5.0), "storage", "e", 1_790_000_005.0)
+    buckets = dict(database.measure().buckets)
+    assert (buckets[2.5], buckets[5.0], buckets[10.0], buckets[float("inf")]) == (0, 1, 1, 1)
+
+
+def test_the_totals_outlive_a_restart_and_a_deleted_task(serve):
+    first = serve()
+    task_id = submit(first)
+    size = finished(first, task_id)["image"]["bytes"]
+    first.delete(f"/tasks/{task_id}")
+    first.application.extensions["worker"].stop()
+    found = numbers(serve())
+    assert found[("image_proxy_image_bytes_total",)] == size
+    assert found[("image_proxy_upstream_seconds_count",)] == 1
+
+
+def test_a_held_model_is_counted(client, upstream):
+    upstream.decide = lambda fields: refusal(429, "later")
+    submit(client)
+    wait_until(lambda: numbers(client)[("image_proxy_held_models",)] == 1)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+def test_a_gauge_takes_no_other_method(client, path):
+    assert client.post(path).status_code == 405
