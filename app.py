@@ -157,7 +157,8 @@ def _sentence(error: HTTPException) -> str:
     if isinstance(error, NotFound) and error.description == NotFound.description:
         return f"There is no {request.method} {request.path[:200]} on this server"
     if isinstance(error, MethodNotAllowed):
-        return f"{request.method} is not allowed here; use {' or '.join(error.valid_methods)}"
+        methods = " or ".join(sorted(set(error.valid_methods) - {"HEAD", "OPTIONS"}))
+        return f"{request.method} is not allowed here; use {methods}"
     if isinstance(error, RequestEntityTooLarge):
         return "The body is larger than 1 MiB"
     return error.description or error.name

@@ -19,6 +19,7 @@ from config import model_fault
 
 MAX_TEXT = 10_000
 _SHOWN_FAULTS = 3
+_EXAMPLE = 'send one such as {"prompt": "a red fox"}'
 
 
 class Invalid(ValueError):
@@ -107,9 +108,9 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise Invalid("The body is nested too deeply") from None
     except ValueError as error:
-        raise Invalid(f"The body is not valid JSON: {_reason(error)}") from error
+        raise Invalid(f"The body is not valid JSON ({_reason(error)}); {_EXAMPLE}") from error
     if not isinstance(value, dict):
-        raise Invalid('The body must be a JSON object, such as {"prompt": "a red fox"}')
+        raise Invalid(f"The body is not a JSON object; {_EXAMPLE}")
     return value
 
 
