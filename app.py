@@ -21,6 +21,7 @@ import config as settings
 import gauges
 import guard
 import logs
+import openapi
 import pictures
 import tasks
 from chutes import Chutes
@@ -107,6 +108,7 @@ def create_app(config: Config) -> Flask:
         return jsonify(error="A defect of this server; its log tells more"), 500
 
     app.register_blueprint(tasks.blueprint(config, database, worker))
+    app.register_blueprint(openapi.blueprint(config))
     app.register_blueprint(gauges.blueprint(config, database, worker))
     app.register_blueprint(pictures.blueprint(config, database, worker, decoder))
     return app

@@ -25,8 +25,8 @@ ERROR_CODES = (
     *("interrupted", "expired", "canceled", "storage", "internal"),
 )
 _PAGE = 50
-_MAX_PAGE = 200
-_MAX_WAIT = 60
+MAX_PAGE = 200
+MAX_WAIT = 60
 # A call that is cut ends well within this time.
 _CANCEL_SECONDS = 1.0
 # curl declares a form for `-d`, whatever it sends.
@@ -213,8 +213,8 @@ def known(database: Database, task_id: str, worker: Worker | None = None, second
 def wait_seconds() -> int:
     """Return the seconds of `?wait=`, 0 where there is none, or answer 400."""
     value = request.args.get("wait", "0")
-    if "wait" in request.args and not _is_within(value, 1, _MAX_WAIT):
-        abort(400, f"wait must be an integer from 1 to {_MAX_WAIT}, in seconds")
+    if "wait" in request.args and not _is_within(value, 1, MAX_WAIT):
+        abort(400, f"wait must be an integer from 1 to {MAX_WAIT}, in seconds")
     return int(value)
 
 
@@ -229,8 +229,8 @@ def _listing() -> tuple[str | None, str | None, int | None, int]:
     if status is not None and status not in STATUSES:
         abort(400, f"status must be one of {', '.join(STATUSES)}")
     limit = request.args.get("limit", str(_PAGE))
-    if not _is_within(limit, 1, _MAX_PAGE):
-        abort(400, f"limit must be an integer from 1 to {_MAX_PAGE}")
+    if not _is_within(limit, 1, MAX_PAGE):
+        abort(400, f"limit must be an integer from 1 to {MAX_PAGE}")
     before = request.args.get("before")
     if before is not None and not _is_within(before, 1, 10**18):
         abort(400, "before must be as `next` gave it")

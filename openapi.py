@@ -1,0 +1,430 @@
+"""The API document, OpenAPI 3.1: from the models that validate, and models of the answers."""
+
+from typing import Annotated, Any, Literal
+
+from flask import Blueprint, Response, jsonify
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from config import Config
+from schema import Generate
+from tasks import ERROR_CODES, MAX_PAGE, MAX_WAIT, STATUSES
+
+_ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
+_TIME = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", description="UTC")]
+_COMPONENT = "#/components/schemas/{model}"
+
+
+class _Answer(BaseModel):
+    # With every key there and no other, so that a difference to the document is a fault.
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
+
+
+class Accepted(_Answer):
+    """A task that was added."""
+
+    id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+    status: Literal["pending"]
+    message: str
+
+
+class Image(_Answer):
+    """The facts of a finished picture."""
+
+    url: str
+    content_type: Literal["image/png", "image/jpeg", "image/webp"]
+    bytes: int
+    width: int
+    height: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Task(_Answer):
+    """How a task stands."""
+
+    id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+    prompt: str
+    status: Literal[STATUSES]
+    file_path: str | None
+    error: str | None
+    created_at: _TIME
+    updated_at: _TIME
+    error_code: Literal[ERROR_CODES] | None
+    model: str
+    params: dict[str, Any]
+    priority: int
+    attempts: Annotated[int, Field(ge=0, description="those that counted")]
+    queue_position: Annotated[int | None, Field(ge=1, le=1000, description="1 is next")]
+    waiting_for: str | None
+    started_at: _TIME | None
+    finished_at: _TIME | None
+    image: Image | None
+    retried_as: str | None
+
+
+class Call(_Answer):
+    """One call to Chutes."""
+
+    number: int
+    started: _TIME
+    seconds: float | None
+    http_status: int | None
+    outcome: str | None
+    invocation_id: str | None
+
+
+class TaskWithCalls(Task):
+    """How a task stands, and what happened call by call."""
+
+    calls: list[Call]
+
+
+class Tasks(_Answer):
+    """A page of tasks, the newest first."""
+
+    tasks: list[Task]
+    next: str | None
+
+
+class Retried(_Answer):
+    """How many tasks were added anew."""
+
+    retried: Annotated[int, Field(ge=0)]
+
+
+class Hold(_Answer):
+    """Why the tasks of a model, or of all (`*`), wait."""
+
+    model: str
+    reason: str
+    until: _TIME
+
+
+class Quota(_Answer):
+    """Chutes' quota, as it was told last."""
+
+    total: float
+    used: float
+    remaining: float
+
+
+class Queue(_Answer):
+    """How the queue stands."""
+
+    pending: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    concurrency: int
+    rate_limit: str | None
+    oldest_pending_seconds: int | None
+    calls_today: int
+    held: list[Hold]
+    quota: Quota | None
+
+
+class Health(_Answer):
+    """The process lives."""
+
+    status: Literal["ok"]
+
+
+class Ready(Health):
+    """Nothing is wrong."""
+
+    problems: Annotated[list[str], Field(max_length=0)]
+
+
+class Error(BaseModel):
+    """What is wrong, and what to do; other keys may follow."""
+
+    error: str
+
+
+_MODELS = (Accepted, Task, TaskWithCalls, Tasks, Retried, Queue, Health, Ready, Error)
+
+_ERRORS = {
+    400: "A fault in the request, which is named",
+    401: "A key is needed",
+    403: "The page, or the name of the host, is not this server's",
+    404: "There is no such task",
+    405: "Another method is needed",
+    409: "The task is in another state",
+    410: "The picture's file is no longer there",
+    413: "The body is larger than 1 MiB",
+    415: "The body is declared as something other than JSON",
+    416: "The range is beyond the end of the picture",
+    422: "The Idempotency-Key came with another request before",
+    429: "MAX_PENDING tasks are pending",
+    503: "Not now; see Retry-After",
+    507: "Less than MIN_FREE_MB is free on the disk",
+}
+
+
+def blueprint(config: Config) -> Blueprint:
+    """Build the route of the document."""
+    routes = Blueprint("openapi", __name__)
+    made = document(config)
+
+    @routes.get("/openapi.json")
+    def openapi() -> Response:
+        return jsonify(made)
+
+    return routes
+
+
+def document(config: Config) -> dict[str, Any]:
+    """Return the API document, as this server is set up."""
+    _, schemas = models_json_schema(
+        [(Generate, "validation"), *((model, "serialization") for model in _MODELS)],
+        ref_template=_COMPONENT,
+    )
+    made = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Image proxy",
+            "version": "1",
+            "description": "A durable queue in front of Chutes AI's image API.",
+        },
+        "servers": [{"url": config.public_url or "/"}],
+        "paths": paths(),
+        "components": {"schemas": schemas["$defs"]},
+    }
+    generate = made["components"]["schemas"]["Generate"]
+    fields = generate["properties"]
+    generate["required"] = ["prompt"]
+    # What validators of our own check.
+    fields["prompt"]["pattern"] = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+    fields["negative_prompt"]["anyOf"][0]["pattern"] = r"^[^\u0000]*$"
+    fields["model"] = {"description": "a model's name", **_model_rule(config)}
+    if config.api_keys:
+        made["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        made["security"] = [{"bearer": []}, {"key": []}]
+        made["paths"]["/healthz"]["get"]["security"] = []
+    return made
+
+
+def _model_rule(config: Config) -> dict[str, Any]:
+    if config.models:
+        return {"enum": [*config.models, None]}
+    if config.model_in_url:
+        return {
+            "type": ["string", "null"],
+            "pattern": "^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$",
+        }
+    name = r"^(?!.*\.\.)(?!.*//)[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
+    return {"type": ["string", "null"], "pattern": name}
+
+
+def paths() -> dict[str, Any]:
+    """Return the operations of every route, by path and method."""
+    task_id = _path("id", "the task's id")
+    wait = _query("wait", {"type": "integer", "minimum": 1, "maximum": MAX_WAIT}, "seconds")
+    after = {
+        "status": _link("status", "the task"),
+        "task": _link("task", "the task, with its calls"),
+        "image": _link("image", "its picture, once it is there"),
+        "cancel": _link("cancel", "end it"),
+    }
+    added = _json(202, "The task is on disk; Location names its status", "Accepted", after)
+    one = _json(200, "The task", "Task")
+    before = {"type": "integer", "minimum": 1, "maximum": 10**18}
+    codes = {"type": "string", "enum": [*ERROR_CODES, ""]}
+    queue = _json(200, "How the queue stands", "Queue")
+    return {
+        "/generate": {
+            "post": _operation(
+                "generate",
+                "Add a task",
+                added,
+                [_idempotency_key()],
+                (400, 413, 415, 422, 429, 507),
+                body=True,
+            )
+        },
+        "/status/{id}": {
+            "get": _operation("status", "Look at a task", one, [task_id, wait], (400, 404))
+        },
+        "/tasks": {
+            "get": _operation(
+                "tasks",
+                "List tasks, the newest first",
+                _json(200, "A page; the Link header names the next", "Tasks"),
+                [
+                    _query("status", {"type": "string", "enum": list(STATUSES)}, ""),
+                    _query("model", {"type": "string"}, ""),
+                    _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}, ""),
+                    _query("before", before, "as `next` gave it"),
+                ],
+                (400,),
+            )
+        },
+        "/tasks/{id}": {
+            "get": _operation(
+                "task",
+                "Look at a task and its calls",
+                _json(200, "The task", "TaskWithCalls"),
+                [task_id, wait],
+                (400, 404),
+            ),
+            "delete": _operation(
+                "delete",
+                "Delete a task and its files",
+                {"204": {"description": "It is gone"}},
+                [task_id],
+                (404, 409),
+            ),
+        },
+        "/tasks/{id}/cancel": {"post": _operation("cancel", "End a task", one, [task_id], (404,))},
+        "/tasks/{id}/retry": {
+            "post": _operation(
+                "retry",
+                "Add a new task with the same input",
+                added,
+                [task_id],
+                (400, 404, 409, 429, 507),
+            )
+        },
+        "/tasks/retry": {
+            "post": _operation(
+                "retryFailed",
+                "Retry all that failed and were not retried yet",
+                _json(202, "How many", "Retried"),
+                [_query("error_code", codes, "only those")],
+                (400, 429, 507),
+            )
+        },
+        "/images/{id}": {
+            "get": _operation(
+                "image",
+                "Fetch the picture",
+                _picture("image/png", "image/jpeg", "image/webp"),
+                [task_id, wait],
+                (400, 404, 409, 410, 416, 503),
+            )
+        },
+        "/images/{id}/thumbnail": {
+            "get": _operation(
+                "thumbnail",
+                "Fetch a picture of at most 512 pixels a side",
+                _picture("image/webp"),
+                [task_id],
+                (404, 409, 410, 416, 503),
+            )
+        },
+        "/queue": {"get": _operation("queue", "Look at the queue", queue)},
+        "/queue/pause": {"post": _operation("pause", "Start no more calls", queue)},
+        "/queue/resume": {"post": _operation("resume", "Go on", queue)},
+        "/healthz": {
+            "get": _operation(
+                "healthz", "Ask if the process lives", _json(200, "It does", "Health")
+            )
+        },
+        "/readyz": {
+            "get": _operation(
+                "readyz", "Ask if it can serve", _json(200, "It can", "Ready"), errors=(503,)
+            )
+        },
+        "/metrics": {
+            "get": _operation(
+                "metrics",
+                "Read the numbers for Prometheus",
+                {"200": {"description": "Text", "content": {"text/plain": {}}}},
+            )
+        },
+        "/openapi.json": {
+            "get": _operation(
+                "openapi",
+                "Read this document",
+                {"200": {"description": "It", "content": {"application/json": {}}}},
+            )
+        },
+    }
+
+
+def _operation(
+    name: str,
+    summary: str,
+    answers: dict[str, Any],
+    parameters: list[dict[str, Any]] | None = None,
+    errors: tuple[int, ...] = (),
+    body: bool = False,
+) -> dict[str, Any]:
+    refusals = (*errors, 401, 403, 405)
+    made = {
+        "operationId": name,
+        "summary": summary,
+        "parameters": parameters or [],
+        "responses": {
+            **answers,
+            **{str(code): _error(code) for code in sorted({*refusals, 503})},
+        },
+    }
+    if body:
+        example = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
+        schema = {"$ref": _COMPONENT.format(model="Generate")}
+        made["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema, "example": example}},
+        }
+    return made
+
+
+def _error(code: int) -> dict[str, Any]:
+    schema = {"$ref": _COMPONENT.format(model="Error")}
+    example = {"error": _ERRORS[code]}
+    content = {"application/json": {"schema": schema, "example": example}}
+    return {"description": _ERRORS[code], "content": content}
+
+
+def _json(
+    code: int, description: str, model: str, links: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    schema = {"$ref": _COMPONENT.format(model=model)}
+    made = {"description": description, "content": {"application/json": {"schema": schema}}}
+    return {str(code): {**made, "links": links} if links else made}
+
+
+def _picture(*content_types: str) -> dict[str, Any]:
+    content = {content_type: {} for content_type in content_types}
+    return {
+        "200": {"description": "The bytes", "content": content},
+        "206": {"description": "A part of the bytes", "content": content},
+        "304": {"description": "The bytes are those that the client has"},
+    }
+
+
+def _path(name: str, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": description,
+        "schema": {"type": "string", "format": "uuid"},
+        "example": _ID,
+    }
+
+
+def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "schema": schema, "description": description}
+
+
+def _idempotency_key() -> dict[str, Any]:
+    return {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "the same key with the same request is the same task, for 24 hours",
+        "schema": {"type": "string", "pattern": r"^[\x20-\x7e]{1,255}$"},
+        "example": "order-66",
+    }
+
+
+def _link(operation: str, description: str) -> dict[str, Any]:
+    return {
+        "operationId": operation,
+        "parameters": {"id": "$response.body#/id"},
+        "description": description,
+    }
