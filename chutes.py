@@ -119,16 +119,17 @@ class Line:
             self._timer.start()
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
-        """Connect to the first address that answers, in that time for all of them."""
+        """Connect to the first address that answers; they share that time fairly."""
         deadline = time.monotonic() + seconds
         error = OSError("no address")
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for left, (family, kind, protocol, _, address) in zip(
+            range(len(found), 0, -1), found, strict=True
         ):
             connection = socket.socket(family, kind, protocol)
             try:
                 self._watch(connection)
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.settimeout(max(0.05, (deadline - time.monotonic()) / left))
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.connect(address)
             except OSError as failure:

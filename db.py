@@ -219,6 +219,8 @@ CREATE INDEX tasks_model ON tasks (model, seq);
 CREATE INDEX tasks_status_model ON tasks (status, model, seq);
 CREATE INDEX tasks_unretried ON tasks (error_code, seq)
   WHERE status = 'failed' AND retried_as IS NULL;
+CREATE INDEX tasks_unretried_line ON tasks (seq)
+  WHERE status = 'failed' AND retried_as IS NULL;
 
 CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
 
@@ -515,7 +517,9 @@ class Database:
                 )
             ):
                 return False
-            _lift_probed(connection, task)
+            if counted:
+                _lift_probed(connection, task)
+            connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
             if pause_reason:
                 connection.execute(
                     "UPDATE queue SET paused = 1, pause_reason = ? WHERE NOT paused",
@@ -632,13 +636,16 @@ class Database:
         Only those whose `seq` is at most `up_to`, and who failed with that code and are
         of these models, if any are given. Raises QueueFull where there is no room for one.
         """
-        only = "AND error_code = :code" if error_code else ""
+        index, only = "tasks_unretried_line", ""
+        if error_code:
+            index, only = "tasks_unretried", "AND error_code = :code"
         if models:
             only += " AND model IN (SELECT value FROM json_each(:models))"
         with self._write() as connection:
             limit = min(limit, _room(connection, most_pending))
             rows = connection.execute(
-                f"""SELECT id FROM tasks WHERE status = 'failed' AND retried_as IS NULL
+                f"""SELECT id FROM tasks INDEXED BY {index}
+                    WHERE status = 'failed' AND retried_as IS NULL
                       AND seq <= :up_to {only}
                     ORDER BY seq LIMIT :limit""",
                 {
@@ -822,8 +829,14 @@ class Database:
                 {"latest": now + most},
             )
             connection.execute(
-                "UPDATE holds SET until = :latest WHERE until > :latest AND model != :all",
+                """UPDATE holds SET until = :latest
+                   WHERE until > :latest AND (model != :all OR room > 0)""",
                 {"latest": now + 3600, "all": ALL_MODELS},
+            )
+            # Whether there is room is looked at before a call.
+            connection.execute(
+                "UPDATE holds SET until = :now WHERE until > :latest AND room > 0",
+                {"now": now, "latest": now + most},
             )
 
     def _connect(self) -> sqlite3.Connection:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from pathlib import Path
 
 from gunicorn import glogging
@@ -57,10 +58,21 @@ class logger_class(glogging.Logger):
 
 def when_ready(server):
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
-    for listener in server.LISTENERS:
-        address = listener.getsockname()
-        if isinstance(address, tuple) and (fault := settings.bind_fault(_config, address[0])):
-            raise SystemExit(fault)
+    if fault := _bind_fault(server):
+        raise SystemExit(fault)
+
+
+def on_reload(server):
+    """Stop, as well as SIGTERM does, where the settings no longer allow the address."""
+    if fault := _bind_fault(server):
+        server.log.error(fault)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _bind_fault(server):
+    addresses = [listener.getsockname() for listener in server.LISTENERS]
+    faults = [settings.bind_fault(_config, a[0]) for a in addresses if isinstance(a, tuple)]
+    return next(filter(None, faults), None)
 
 
 def post_worker_init(worker):

@@ -3,9 +3,10 @@
 import hashlib
 import io
 import logging
+import re
 from pathlib import Path
 
-from flask import Blueprint, Response, abort, jsonify, request, send_file
+from flask import Blueprint, Response, abort, g, jsonify, request, send_file
 
 import images
 from config import Config
@@ -14,8 +15,10 @@ from images import Decoder
 from tasks import known, wait_seconds
 from worker import Worker, thumbnail_path
 
-# What a client that may not wait is told to wait; one that has waited may ask at once.
+# What a client is told to wait: one that has waited may ask at once, one that wanted to
+# and could not would use up its retries.
 _RETRY_SECONDS = 5
+_RETRY_SECONDS_INSTEAD_OF_WAIT = 10
 
 log = logging.getLogger("pictures")
 
@@ -82,6 +85,8 @@ def _keep(path: Path, data: bytes) -> None:
 def _send(
     file: Path | io.BytesIO, task: Task, name: Path, content_type: str, etag: str
 ) -> Response:
+    if not _asks_for_one_part():
+        request.environ.pop("HTTP_RANGE", None)
     try:
         response = send_file(file, content_type, conditional=True, etag=etag)
     except FileNotFoundError:
@@ -90,6 +95,15 @@ def _send(
     response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
+
+
+def _asks_for_one_part() -> bool:
+    """Tell whether the Range is one to be answered; any other is ignored (RFC 9110, 14.2)."""
+    found = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", request.headers.get("Range", "")[:60])
+    if request.method != "GET" or not found or not any(found.groups()):
+        return False
+    first, last = found.groups()
+    return not (first and last) or int(first) <= int(last)
 
 
 def _not_yet_or_never(task: Task) -> Response:
@@ -103,8 +117,14 @@ def _not_yet_or_never(task: Task) -> Response:
         return answer
     answer = jsonify(error=f"The picture is not there yet: {task.status}", status=task.status)
     answer.status_code = 503
-    answer.headers["Retry-After"] = "1" if "wait" in request.args else str(_RETRY_SECONDS)
+    answer.headers["Retry-After"] = str(_retry_seconds())
     return answer
+
+
+def _retry_seconds() -> int:
+    if g.waited:
+        return 1
+    return _RETRY_SECONDS_INSTEAD_OF_WAIT if "wait" in request.args else _RETRY_SECONDS
 
 
 def _gone(task: Task) -> Response:

@@ -111,7 +111,9 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         _check_disk(config)
         new_id = str(uuid.uuid4())
         if not database.retry(task.id, new_id, time.time(), config.max_pending):
-            return _conflict(task, "has not ended yet; cancel it first, or wait")
+            return _conflict(
+                known(database, task_id), "has not ended yet; cancel it first, or wait"
+            )
         return _accepted(new_id)
 
     @routes.post("/tasks/retry")
@@ -129,7 +131,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
     def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
         task = known(database, task_id)
         if not worker.remove(task):
-            return _conflict(task, "is processing; cancel it first")
+            return _conflict(known(database, task_id), "is processing; cancel it first")
         return "", 204, {}
 
     @routes.get("/queue")
@@ -202,8 +204,7 @@ def _idempotency_key(wanted: schema.Generate) -> db.Key | None:
 def known(database: Database, task_id: str, worker: Worker | None = None, seconds: int = 0) -> Task:
     """Return the task, after a wait for its end, or answer 404."""
     g.task = task_id[:100]
-    if seconds:
-        worker.waiters.wait(task_id, seconds)
+    g.waited = bool(seconds) and worker.waiters.wait(task_id, seconds)
     task = database.get(task_id)
     if task is None:
         abort(404, "Task not found")

@@ -19,17 +19,17 @@ class Waiters:
         self._waiting: list[tuple[str, threading.Event]] = []
         self._released = False
 
-    def wait(self, task_id: str, seconds: float, even_if_full: bool = False) -> None:
-        """Return when the task has ended, is gone, or the time is over.
+    def wait(self, task_id: str, seconds: float, even_if_full: bool = False) -> bool:
+        """Return True when the task has ended, is gone, or the time is over.
 
-        Past `most` waiters, unless `even_if_full`, and once all were released, return at
-        once.
+        Past `most` waiters, unless `even_if_full`, and once all are released, return
+        False instead, at once.
         """
         waiter = (task_id, threading.Event())
         with self._lock:
             is_full = len(self._waiting) >= self._most and not even_if_full
             if self._released or is_full:
-                return
+                return False
             self._waiting.append(waiter)
         try:
             if self._unended([task_id]):
@@ -37,6 +37,7 @@ class Waiters:
         finally:
             with self._lock:
                 self._waiting.remove(waiter)
+        return not self._released
 
     def ended(self, task_id: str) -> None:
         """Wake those who wait for this task."""

@@ -195,8 +195,9 @@ class Worker:
         log.error("no thread for a call: %s", error, extra={"task": task.id})
         # The pool may have kept the work for another thread: a cut line makes no call.
         line.cut("shutdown")
+        put_back = functools.partial(self._db.put_back, task, Call("shutdown"), None)
+        self._insist(lambda: put_back(self._clock()), self._over.is_set)
         self._running.pop(task.id)
-        self._db.put_back(task, Call("shutdown"), None, self._clock())
         if "interpreter" in str(error):
             self.drain()
         else:
@@ -227,13 +228,18 @@ class Worker:
         self._last_look = now
 
     def _retire(self) -> None:
-        """Remove what ended RETENTION_DAYS ago, a few tasks a turn."""
+        """Remove what ended RETENTION_DAYS ago, a few tasks a turn, and files left behind."""
         now = self._clock()
-        if not self._config.retention_days or abs(now - self._last_retired) < _RETIRE_SECONDS:
+        if abs(now - self._last_retired) < _RETIRE_SECONDS:
             return
-        retired = self._db.retire(now - self._config.retention_days * 86400, _RETIRE_STEP)
+        retired = []
+        if self._config.retention_days:
+            before = now - self._config.retention_days * 86400
+            retired = self._db.retire(before, _RETIRE_STEP)
         for task in retired:
             self._remove_files(task)
+        for task_id in self._db.removals()[:_RETIRE_STEP]:
+            self._finish_removal(task_id)
         if retired:
             log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
         else:
@@ -253,8 +259,8 @@ class Worker:
     def _cut_canceled(self) -> None:
         """Cut the calls that a client, in whichever process, has canceled."""
         for task_id in self._db.canceling() if self._running else ():
-            if task_id in self._running:
-                self._running[task_id][1].cut("canceled")
+            if running := self._running.get(task_id):
+                running[1].cut("canceled")
 
     def _remove_files(self, task: Task) -> None:
         if task.file_path:
@@ -274,6 +280,8 @@ class Worker:
 
     def _attempt(self, task: Task, line: Line) -> None:
         """Make one call for the task and write down how it ended; runs in the pool."""
+        if self._running.get(task.id) != (task, line):
+            return  # It was taken back, and perhaps claimed anew.
         part = self._config.output_dir / f".{task.id}.part"
         began = time.monotonic()
         try:
@@ -409,7 +417,9 @@ class Worker:
 
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""
-        self._db.begin(self._config.max_attempts, self._clock())
+        now = self._clock()
+        self._db.set_clock_back(now, MAX_BACKOFF)
+        self._db.begin(self._config.max_attempts, now)
         for task_id in self._db.removals():
             self._finish_removal(task_id)
         for task in self._db.orphans():
@@ -440,6 +450,9 @@ class Worker:
         return None
 
     def _interrupted(self, task: Task) -> None:
+        if task.canceling:
+            self._fail(task, "canceled", db.CANCELED, Reply(), None, counted=0)
+            return
         message = "The server died while the call to Chutes was under way"
         attempts = task.attempts + 1
         if self._config.interrupted == "fail" or attempts >= self._config.max_attempts:
@@ -471,6 +484,8 @@ class Worker:
     def _wait_for_calls(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._running and (left := deadline - time.monotonic()) > 0:
+            with suppress(DatabaseError):
+                self._cut_canceled()
             self._wake.wait(min(left, LOOK_SECONDS))
             self._wake.clear()
 

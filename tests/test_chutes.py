@@ -299,6 +299,14 @@ def test_the_second_address_is_tried_when_the_first_refuses(call, upstream, monk
     assert call(upstream.url) == picture()
 
 
+def test_a_dead_address_leaves_time_for_the_next(call, upstream, monkeypatch):
+    with full_listener() as url:
+        ports = (int(url.split(":")[2].split("/")[0]), upstream.server_address[1])
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
+        monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: found)
+        assert call(upstream.url, seconds=2) == picture()
+
+
 def test_connecting_can_be_cut(call):
     line = Line()
     threading.Timer(0.2, line.cut, ("shutdown",)).start()

@@ -273,6 +273,13 @@ def test_a_clock_set_back_stops_nothing_for_long(database):
     assert database.hold("m").until == past + 3600
 
 
+def test_a_hold_for_want_of_room_is_due_when_the_clock_goes_back(database):
+    add(database, "a")
+    database.put_back(database.claim(NOW), Call("no_room"), hold(ALL_MODELS, room=9), NOW)
+    database.set_clock_back(NOW - 86400, 300)
+    assert database.hold(ALL_MODELS).until <= NOW - 86400 + 300
+
+
 def test_a_quota_is_held_until_its_reset_whatever_the_clock_does(database):
     add(database, "a")
     database.put_back(database.claim(NOW), Call("quota"), hold(ALL_MODELS, wait=80000), NOW)

@@ -30,6 +30,7 @@ def test_a_picture_is_served_as_it_came(client, made):
         assert answer.headers["Cache-Control"] == "private, max-age=31536000, immutable"
         assert answer.headers["Content-Length"] == str(len(data))
         assert answer.headers["Accept-Ranges"] == "bytes"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize(("kind", "type_"), [("PNG", "image/png"), ("WEBP", "image/webp")])
@@ -74,6 +75,21 @@ def test_a_download_goes_on_only_in_the_same_picture(client, made):
     assert client.get(task["image"]["url"], headers=headers).data == data[10:]
     headers["If-Range"] = '"another"'
     assert client.get(task["image"]["url"], headers=headers).data == data
+
+
+IGNORED = ["bytes=0-1,5-6", "bytes=abc", "items=0-5", "bytes=-", "bytes=5-2", "bytes 0-5", ""]
+
+
+@pytest.mark.parametrize("asked", IGNORED)
+def test_a_range_that_is_none_is_ignored(client, made, asked):
+    task, data = made
+    answer = client.get(task["image"]["url"], headers={"Range": asked})
+    assert (answer.status_code, answer.data) == (200, data)
+
+
+def test_a_range_is_for_get_only(client, made):
+    answer = client.head(made[0]["image"]["url"], headers={"Range": "bytes=0-9"})
+    assert (answer.status_code, answer.headers["Content-Length"]) == (200, str(len(made[1])))
 
 
 def test_a_part_beyond_the_end_is_refused(client, made):
@@ -214,6 +230,19 @@ def test_a_picture_can_be_waited_for(paused, upstream):
     upstream.gate.set()
     answer = paused.get(f"/images/{task_id}?wait=60")
     assert (answer.status_code, answer.data) == (200, picture())
+
+
+def test_who_has_waited_may_come_again_at_once(paused, upstream):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    assert paused.get(f"/images/{task_id}?wait=1").headers["Retry-After"] == "1"
+
+
+def test_who_could_not_wait_uses_up_no_retries(paused, upstream):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    paused.application.extensions["worker"].waiters._most = 0
+    assert paused.get(f"/images/{task_id}?wait=60").headers["Retry-After"] == "10"
 
 
 @pytest.mark.parametrize("wait", ["0", "61", "-1", "1.5", "", "x", "1e1", "٣"])

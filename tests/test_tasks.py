@@ -280,12 +280,21 @@ def test_all_that_failed_are_retried_once(serve, upstream):
     assert upstream.prompts()[-4:] == ["p0", "p1", "p2", "other"]
 
 
-def test_what_fails_meanwhile_is_not_retried_for_ever(client, upstream):
-    task = failed(client, upstream)
+def test_what_fails_meanwhile_is_not_retried_for_ever(client, upstream, monkeypatch):
+    failed(client, upstream)
     upstream.decide = lambda fields: refusal(400, "no")
+    database = client.application.extensions["database"]
+    step = database.retry_failed
+
+    def until_all_have_failed(*values, **options):
+        retried = step(*values, **options)
+        wait_until(lambda: client.get("/queue").json["pending"] == 0)
+        wait_until(lambda: client.get("/queue").json["processing"] == 0)
+        return retried
+
+    monkeypatch.setattr(database, "retry_failed", until_all_have_failed)
     assert client.post("/tasks/retry").json == {"retried": 1}
-    retried = client.get(f"/status/{task['id']}").json["retried_as"]
-    assert finished(client, retried)["retried_as"] is None
+    assert len(upstream.calls) == 2
 
 
 def test_more_failures_than_one_step_takes_are_all_retried(client):
@@ -339,6 +348,25 @@ def test_a_task_under_way_is_not_deleted(paused, upstream):
     assert (answer.status_code, answer.json["status"]) == (409, "processing")
     upstream.gate.set()
     assert finished(paused, task_id)["status"] == "completed"
+
+
+def test_who_comes_second_to_delete_or_retry_is_told_that_it_is_gone(client, monkeypatch):
+    task = finished(client, submit(client))
+    database = client.application.extensions["database"]
+    for name, method, path in (("get", "DELETE", ""), ("get", "POST", "/retry")):
+        known, looks = getattr(database, name), []
+
+        def slow(task_id, known=known, looks=looks):
+            found = known(task_id)
+            if not looks.append(1) and len(looks) == 1:
+                database.remove(task_id)
+            return found
+
+        monkeypatch.setattr(database, name, slow)
+        answer = client.open(f"/tasks/{task['id']}{path}", method=method)
+        monkeypatch.undo()
+        assert (answer.status_code, answer.json) == (404, {"error": "Task not found"})
+        task = finished(client, submit(client))
 
 
 def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
@@ -416,6 +444,24 @@ def test_a_resume_lifts_a_pause_of_the_queues_own(client, upstream):
     upstream.decide = lambda fields: Answer()
     client.post("/queue/resume")
     assert finished(client, task_id)["status"] == "completed"
+
+
+def test_the_queues_own_pause_does_not_replace_a_persons(client, upstream):
+    upstream.gate.clear()
+    upstream.decide = lambda fields: refusal(401, "Invalid token.")
+    task_id = submit(client)
+    wait_until(lambda: upstream.at_once)
+    client.post("/queue/pause")
+    upstream.gate.set()
+    assert finished(client, task_id)["error_code"] == "upstream_auth"
+    queue = client.get("/queue").json
+    assert (queue["paused"], queue["pause_reason"]) == (True, None)
+
+
+def test_a_canceled_call_does_not_count(paused, upstream):
+    task_id = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    assert paused.post(f"/tasks/{task_id}/cancel").json["attempts"] == 0
 
 
 def test_what_is_held_is_told(client, upstream):

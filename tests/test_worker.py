@@ -571,6 +571,87 @@ def test_no_thread_to_be_had_makes_no_call_and_the_queue_goes_on(make, upstream,
     assert (len(upstream.calls), q.outcomes()) == (1, ["shutdown", "completed"])
 
 
+def test_what_was_taken_back_does_not_end_the_next_attempt(make, upstream, monkeypatch):
+    q = make(CONCURRENCY=1)
+    start, refusals = threading.Thread.start, [1]
+
+    def scarce(thread):
+        if thread.name.startswith("call") and refusals:
+            refusals.pop()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    upstream.gate.clear()
+    ids = [q.add() for _ in range(3)]
+    q.start()
+    wait_until(lambda: upstream.at_once == 1)
+    assert not steady(lambda: len(upstream.calls) > 1)
+    assert list(q.worker._running) == [task.id for task in q.db.orphans()] == ids[:1]
+    upstream.gate.set()
+    for task_id in ids:
+        q.until(task_id, status="completed")
+    assert len(upstream.calls) == 3
+
+
+def test_a_cancel_is_heard_while_it_drains(make, upstream):
+    upstream.gate.clear()
+    q = make(SHUTDOWN_GRACE=30).start()
+    task_id = q.add()
+    wait_until(lambda: upstream.at_once)
+    q.worker.drain()
+    q.worker.cancel(task_id)
+    q.worker._thread.join(10)
+    assert not q.worker._thread.is_alive()
+    assert q.task(task_id).error_code == "canceled"
+
+
+def test_a_canceled_probe_leaves_the_hold_to_the_next(make, upstream):
+    upstream.decide = lambda fields: refusal(429, "later")
+    q = make(CONCURRENCY=4).start()
+    first = q.add()
+    wait_until(lambda: q.db.hold("m"))
+    ids = [q.add() for _ in range(4)]
+    upstream.gate.clear()
+    q.clock.now += 5
+    wait_until(lambda: upstream.at_once == 1)
+    q.worker.cancel(first)
+    q.ended(first)
+    wait_until(lambda: len(upstream.calls) == 3)
+    assert not steady(lambda: upstream.at_once > 1)
+    assert q.db.hold("m").probe == ids[0]
+
+
+def test_files_that_a_dead_process_left_behind_are_removed(make):
+    q = make().start()
+    task = q.until(q.add(), status="completed")
+    q.db.remove(task.id)
+    q.clock.now += 61
+    wait_until(lambda: q.db.removals() == [])
+    assert q.files() == []
+
+
+def test_a_clock_that_was_set_back_before_the_start_is_noticed(make, upstream):
+    fast = Clock()
+    q = make(fast, RATE_LIMIT="1/60").start()
+    q.until(q.add(), status="completed")
+    q.worker.stop()
+    slow = Clock(fast.now - 86400)
+    again = make(slow, RATE_LIMIT="1/60").start()
+    task_id = again.add()
+    assert again.waits(task_id).startswith("the rate limit")
+    slow.now += 61
+    again.until(task_id, status="completed")
+
+
+def test_a_cancel_that_a_death_interrupts_is_kept(make, upstream):
+    q = make(INTERRUPTED="fail")
+    task_id = orphan(q)
+    q.db.cancel(task_id, q.clock.now)
+    task = q.start().ended(task_id)
+    assert (task.error_code, task.attempts) == ("canceled", 0)
+
+
 def test_nothing_is_claimed_once_it_is_no_longer_wanted(make, upstream):
     upstream.gate.clear()
     q = make(CONCURRENCY=4)
