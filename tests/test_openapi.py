@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 import openapi
 
 quietly = settings(
-    max_examples=15,
+    max_examples=10,
     deadline=None,
     derandomize=True,
     database=None,
@@ -69,7 +69,7 @@ def test_every_path_through_the_links_does_as_the_document_says(api):
         def validate_response(self, response, case, **values):
             validate(case, response)
 
-    Client.run(settings=settings(quietly, max_examples=20, stateful_step_count=6))
+    Client.run(settings=settings(quietly, max_examples=12, stateful_step_count=6))
 
 
 def test_every_route_is_in_the_document(client):
