@@ -274,7 +274,7 @@ class Worker:
                 (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
             thumbnail_path(self._config, task_id).unlink(missing_ok=True)
         except OSError:
-            log.exception("a file stays until the queue begins anew", extra={"task": task_id})
+            log.exception("a file stays; its removal is tried again", extra={"task": task_id})
             return
         self._db.removed(task_id)
 

@@ -554,8 +554,9 @@ def test_a_call_that_cannot_be_cut_does_not_count_either(make, upstream, monkeyp
     assert upstream.calls == []
 
 
-def test_no_thread_to_be_had_makes_no_call_and_the_queue_goes_on(make, upstream, monkeypatch):
-    q = make(CONCURRENCY=2)
+@pytest.fixture
+def one_thread_is_refused(monkeypatch):
+    """Let the pool fail once to start a thread, as at a limit of the machine."""
     start, refusals = threading.Thread.start, [1]
 
     def scarce(thread):
@@ -565,23 +566,20 @@ def test_no_thread_to_be_had_makes_no_call_and_the_queue_goes_on(make, upstream,
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", scarce)
+
+
+@pytest.mark.usefixtures("one_thread_is_refused")
+def test_no_thread_to_be_had_makes_no_call_and_the_queue_goes_on(make, upstream):
+    q = make(CONCURRENCY=2)
     task_id = q.add()
     q.start()
     assert q.until(task_id, status="completed").attempts == 1
     assert (len(upstream.calls), q.outcomes()) == (1, ["shutdown", "completed"])
 
 
-def test_what_was_taken_back_does_not_end_the_next_attempt(make, upstream, monkeypatch):
+@pytest.mark.usefixtures("one_thread_is_refused")
+def test_what_was_taken_back_does_not_end_the_next_attempt(make, upstream):
     q = make(CONCURRENCY=1)
-    start, refusals = threading.Thread.start, [1]
-
-    def scarce(thread):
-        if thread.name.startswith("call") and refusals:
-            refusals.pop()
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", scarce)
     upstream.gate.clear()
     ids = [q.add() for _ in range(3)]
     q.start()
