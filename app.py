@@ -26,7 +26,7 @@ import pictures
 import tasks
 from chutes import Chutes
 from config import Config
-from db import Database, DatabaseError, QueueFull
+from db import Database, DatabaseError, KeyReused, QueueFull
 from images import Decoder
 from worker import Worker
 
@@ -92,9 +92,16 @@ def create_app(config: Config) -> Flask:
 
     @app.errorhandler(QueueFull)
     def full(error: QueueFull) -> tuple[Response, int, dict[str, str]]:
-        sentence = f"{config.max_pending} tasks are pending (MAX_PENDING); nothing was stored"
-        answer = jsonify(error=f"The queue is full: {sentence}. Try again later")
+        sentence = f"at most {config.max_pending} tasks may be pending (MAX_PENDING)"
+        answer = jsonify(
+            error=f"The queue is full: {sentence}; nothing was stored. Try again later"
+        )
         return answer, 429, {"Retry-After": "30"}
+
+    @app.errorhandler(KeyReused)
+    def reused(error: KeyReused) -> tuple[Response, int]:
+        sentence = "This Idempotency-Key came with another request before"
+        return jsonify(error=f"{sentence}; send the same request again, or another key"), 422
 
     @app.errorhandler(tasks.LowOnDisk)
     def low_on_disk(error: tasks.LowOnDisk) -> tuple[Response, int, dict[str, str]]:

@@ -85,6 +85,17 @@ _COLUMNS = ", ".join(field.name for field in fields(Task))
 
 
 @dataclass(frozen=True)
+class NewTask:
+    """One image to make, as it is added; `params` is what is sent beside prompt and model."""
+
+    id: str
+    prompt: str
+    model: str
+    params: dict[str, Any]
+    priority: int = 0
+
+
+@dataclass(frozen=True)
 class Call:
     """What is known of an upstream call that has ended."""
 
@@ -233,7 +244,7 @@ CREATE TABLE idempotency (
   client TEXT NOT NULL,
   key TEXT NOT NULL,
   fingerprint TEXT NOT NULL,
-  task TEXT NOT NULL,
+  task TEXT NOT NULL, -- or tasks, separated by spaces
   created REAL NOT NULL,
   PRIMARY KEY (client, key)
 ) STRICT;
@@ -332,37 +343,40 @@ class Database:
 
     def add(
         self,
-        id: str,
-        prompt: str,
-        model: str,
-        params: dict[str, Any],
-        priority: int,
+        tasks: Sequence[NewTask],
         now: float,
         most_pending: int | None = None,
         key: Key | None = None,
-    ) -> str:
-        """Store a pending task; when this returns, it outlives a loss of power.
+        check: Callable[[], None] = lambda: None,
+    ) -> list[str]:
+        """Store pending tasks, all or none; when this returns, they outlive a loss of power.
 
-        Returns its id, or that of the task that the same key has added in the last day,
-        with nothing stored. Raises QueueFull and KeyReused.
+        Returns their ids, or those of the tasks that the same key has added in the last
+        day, with nothing stored. Where something is to be stored, `check` is called
+        before, and may raise. Raises QueueFull and KeyReused.
         """
+        ids = [task.id for task in tasks]
         with self._write() as connection:
-            if key and (first := _first_task(connection, key, now)):
+            if key and (first := _first_tasks(connection, key, now)):
                 return first
-            _check_room(connection, most_pending)
-            connection.execute(
+            check()
+            _check_room(connection, most_pending, len(tasks))
+            connection.executemany(
                 """INSERT INTO tasks
                      (id, prompt, model, params, priority, status, created_at, updated_at)
                    VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)""",
-                (id, prompt, model, json.dumps(params), priority, stamp(now), stamp(now)),
+                [
+                    (t.id, t.prompt, t.model, json.dumps(t.params), t.priority, *[stamp(now)] * 2)
+                    for t in tasks
+                ],
             )
             if key:
                 connection.execute(
                     """INSERT INTO idempotency (client, key, fingerprint, task, created)
                        VALUES (?, ?, ?, ?, ?)""",
-                    (key.client, key.text, key.fingerprint, id, now),
+                    (key.client, key.text, key.fingerprint, " ".join(ids), now),
                 )
-            return id
+            return ids
 
     def get(self, id: str) -> Task | None:
         """Read a task, or return None where there is none."""
@@ -1000,7 +1014,7 @@ def _lift_probed(connection: sqlite3.Connection, task: Task) -> None:
     connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
 
 
-def _first_task(connection: sqlite3.Connection, key: Key, now: float) -> str | None:
+def _first_tasks(connection: sqlite3.Connection, key: Key, now: float) -> list[str]:
     connection.execute(
         """DELETE FROM idempotency WHERE rowid IN (
              SELECT rowid FROM idempotency WHERE created <= ? ORDER BY created LIMIT 500)""",
@@ -1013,7 +1027,7 @@ def _first_task(connection: sqlite3.Connection, key: Key, now: float) -> str | N
     ).fetchall()
     if rows and rows[0][0] != key.fingerprint:
         raise KeyReused
-    return rows[0][1] if rows else None
+    return rows[0][1].split() if rows else []
 
 
 def _room(connection: sqlite3.Connection, most_pending: int | None) -> int:
@@ -1028,8 +1042,8 @@ def _room(connection: sqlite3.Connection, most_pending: int | None) -> int:
     return most_pending - pending
 
 
-def _check_room(connection: sqlite3.Connection, most_pending: int | None) -> None:
-    if _room(connection, most_pending) < 1:
+def _check_room(connection: sqlite3.Connection, most_pending: int | None, wanted: int = 1) -> None:
+    if _room(connection, most_pending) < wanted:
         raise QueueFull
 
 

@@ -52,27 +52,16 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
             )
         except schema.Invalid as error:
             abort(400, str(error))
-        _check_disk(config)
-        new_id = str(uuid.uuid4())
-        try:
-            task_id = database.add(
-                new_id,
-                wanted.prompt,
-                wanted.model,
-                wanted.params(),
-                wanted.priority,
-                time.time(),
-                config.max_pending,
-                _idempotency_key(wanted),
-            )
-        except db.KeyReused:
-            abort(
-                422,
-                "This Idempotency-Key came with another request before; "
-                "send the same request again, or another key",
-            )
+        new = new_task(wanted)
+        (task_id,) = database.add(
+            [new],
+            time.time(),
+            config.max_pending,
+            idempotency_key(wanted.model_dump_json()),
+            lambda: check_disk(config),
+        )
         answer, status, headers = _accepted(task_id)
-        if task_id != new_id:
+        if task_id != new.id:
             headers["Idempotent-Replayed"] = "true"
         return answer, status, headers
 
@@ -88,7 +77,9 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         more = len(found) == limit and database.newest(*wanted[:2], found[-1].seq, 1)
         following = _page_after(found[-1]) if more else None
         headers = {"Link": f'<{following}>; rel="next"'} if following else {}
-        return jsonify(tasks=[_json(task) for task in found], next=following), 200, headers
+        is_low = is_low_on_disk(config)
+        shown = [_task_json(task, config, database, is_low) for task in found]
+        return jsonify(tasks=shown, next=following), 200, headers
 
     @routes.get("/tasks/<task_id>")
     def one(task_id: str) -> Response:
@@ -108,7 +99,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         task = known(database, task_id)
         if fault := schema.model_not_allowed(task.model, config.models):
             abort(400, fault)
-        _check_disk(config)
+        check_disk(config)
         new_id = str(uuid.uuid4())
         if not database.retry(task.id, new_id, time.time(), config.max_pending):
             return _conflict(
@@ -122,7 +113,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         code = request.args.get("error_code") or None
         if code and code not in ERROR_CODES:
             abort(400, f"error_code must be one of {', '.join(ERROR_CODES)}")
-        _check_disk(config)
+        check_disk(config)
         retried = _retry_failed(code)
         worker.wake()
         return jsonify(retried=retried), 202
@@ -180,24 +171,32 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return known(database, task_id, worker, wait_seconds())
 
     def _json(task: Task) -> dict[str, Any]:
-        return _task_json(task, config, database)
+        is_low = task.status == "pending" and is_low_on_disk(config)
+        return _task_json(task, config, database, is_low)
 
     return routes
 
 
-def _check_disk(config: Config) -> None:
+def new_task(wanted: schema.Generate) -> db.NewTask:
+    """Return the task that was asked for, with an id of its own."""
+    task_id = str(uuid.uuid4())
+    return db.NewTask(task_id, wanted.prompt, wanted.model, wanted.params(), wanted.priority)
+
+
+def check_disk(config: Config) -> None:
+    """Raise LowOnDisk where less than MIN_FREE_MB is free."""
     if is_low_on_disk(config):
         raise LowOnDisk
 
 
-def _idempotency_key(wanted: schema.Generate) -> db.Key | None:
-    """Return the key that came with the request, or None, or answer 400."""
+def idempotency_key(request_told: str) -> db.Key | None:
+    """Return the key that came with the request (which is told in full), or None, or answer 400."""
     text = request.headers.get("Idempotency-Key")
     if text is None:
         return None
     if not re.fullmatch(r"[\x20-\x7e]{1,255}", text):
         abort(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    fingerprint = hashlib.sha256(wanted.model_dump_json().encode()).hexdigest()
+    fingerprint = hashlib.sha256(request_told.encode()).hexdigest()
     return db.Key(g.client, text, fingerprint)
 
 
@@ -273,13 +272,13 @@ def _json_body() -> bytes:
     return body
 
 
-def _task_json(task: Task, config: Config, database: Database) -> dict[str, Any]:
+def _task_json(task: Task, config: Config, database: Database, is_low: bool) -> dict[str, Any]:
     position = reason = None
     if task.status == "pending":
         now = time.time()
         standing = database.standing(task, rate_limit(config), now, config.max_per_day)
         position = standing.ahead + 1 if standing.ahead < db.POSITIONS else None
-        reason = waiting_for(task, standing, config, now, is_low_on_disk(config))
+        reason = waiting_for(task, standing, config, now, is_low)
     return {
         "id": task.id,
         "prompt": task.prompt,

@@ -10,7 +10,7 @@ from conftest import wait_until
 from server import Server, memory
 from upstream import Upstream, serving
 
-from db import Database
+from db import Database, NewTask
 
 
 def main():
@@ -37,7 +37,7 @@ def standby(server, upstream):
         return median(
             server,
             upstream,
-            lambda n: database.add(f"standby-{n}", f"standby {n}", "m", {}, 0, time.time()),
+            lambda n: database.add([NewTask(f"standby-{n}", f"standby {n}", "m", {})], time.time()),
         )
 
 

@@ -8,7 +8,7 @@ from conftest import wait_until
 import images
 import worker
 from chutes import Chutes
-from db import Database
+from db import Database, NewTask
 from worker import Worker, waiting_for
 
 
@@ -27,7 +27,7 @@ class Queue:
 
     def add(self, prompt="p", model="m", priority=0):
         task_id = str(uuid.uuid4())
-        self.db.add(task_id, prompt, model, {}, priority, self.clock())
+        self.db.add([NewTask(task_id, prompt, model, {}, priority)], self.clock())
         self.worker.wake()
         return task_id
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 import db
-from db import ALL_MODELS, Call, Database, DatabaseError, NewHold
+from db import ALL_MODELS, Call, Database, DatabaseError, NewHold, NewTask
 from images import Image
 
 NOW = 1_790_000_000.0
@@ -17,8 +17,9 @@ PICTURE = Image("image/png", "png", 3, 1, 1, "0" * 64)
 
 
 def add(database, *names, model="m", priority=0, now=NOW):
-    for name in names:
-        database.add(name, f"prompt {name}", model, {"width": 512}, priority, now)
+    database.add(
+        [NewTask(name, f"prompt {name}", model, {"width": 512}, priority) for name in names], now
+    )
 
 
 def claimed(database, now=NOW):
@@ -461,7 +462,7 @@ def test_a_full_disk_is_told_apart(database):
     database._writer.execute("PRAGMA max_page_count = 1").fetchall()
     with pytest.raises(DatabaseError) as error:
         for n in range(1000):
-            database.add(f"t{n}", "p" * 5000, "m", {}, 0, NOW)
+            database.add([NewTask(f"t{n}", "p" * 5000, "m", {})], NOW)
     assert error.value.full
 
 
@@ -472,7 +473,7 @@ def claim_and_add(path, results):
         task = database.claim(NOW)
         names.append(task.id)
         database.complete(task, Call("completed"), "p", PICTURE, NOW)
-        database.add(f"{task.id}-{n}", "p", "m", {}, 0, NOW)
+        database.add([NewTask(f"{task.id}-{n}", "p", "m", {})], NOW)
     results.put(names)
     database.close()
 

@@ -10,6 +10,8 @@ from conftest import Clock, finished, submit, wait_until
 from server import Server
 from upstream import Answer, picture
 
+import tasks
+
 
 @pytest.fixture
 def disk(tmp_path):
@@ -102,6 +104,30 @@ def test_under_the_floor_nothing_is_stored(serve):
     assert "MIN_FREE_MB" in answer.json["error"]
     assert int(answer.headers["Retry-After"]) > 0
     assert client.get("/tasks").json["tasks"] == []
+
+
+def test_under_the_floor_a_replay_has_its_task(serve):
+    headers = {"Idempotency-Key": "k"}
+    first = serve()
+    task_id = first.post("/generate", json={"prompt": "p"}, headers=headers).json["id"]
+    finished(first, task_id)
+    first.application.extensions["worker"].stop()
+    client = serve(MIN_FREE_MB=10**9)
+    assert client.post("/generate", json={"prompt": "p"}, headers=headers).json["id"] == task_id
+    headers = {"Idempotency-Key": "another"}
+    assert client.post("/generate", json={"prompt": "p"}, headers=headers).status_code == 507
+    assert len(client.get("/tasks").json["tasks"]) == 1
+
+
+def test_a_page_of_tasks_looks_at_the_disk_once(serve, monkeypatch):
+    client = serve()
+    client.post("/queue/pause")
+    for _ in range(3):
+        submit(client)
+    looks = []
+    monkeypatch.setattr(tasks, "is_low_on_disk", lambda config: looks.append(config))
+    assert len(client.get("/tasks").json["tasks"]) == 3
+    assert len(looks) == 1
 
 
 def test_under_the_floor_no_task_is_retried(serve):

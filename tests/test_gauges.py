@@ -5,7 +5,7 @@ from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, picture, refusal
 
-from db import Call, DatabaseError
+from db import Call, DatabaseError, NewTask
 
 
 def ready(client):
@@ -114,7 +114,7 @@ def test_the_numbers_are_those_of_the_database(serve, upstream):
 
 
 def test_a_slow_call_is_in_no_bucket_below_it(database):
-    database.add("a", "p", "m", {}, 0, 1_790_000_000.0)
+    database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
     task = database.claim(1_790_000_000.0)
     database.fail(task, Call("storage", 5.0), "storage", "e", 1_790_000_005.0)
     buckets = dict(database.measure().buckets)

@@ -9,6 +9,7 @@ from queues import steady
 from upstream import refusal
 
 import db
+from db import NewTask
 from worker import waiting_for
 
 
@@ -69,12 +70,34 @@ def test_a_replay_after_the_end_pays_nothing(client, upstream):
 
 def test_a_key_is_kept_for_a_day(database):
     def add(task, now):
-        return database.add(task, "p", "m", {}, 0, now, None, db.Key("", "k", "f"))
+        return database.add([NewTask(task, "p", "m", {})], now, None, db.Key("", "k", "f"))
 
-    assert add("first", 1_790_000_000.0) == "first"
-    assert add("second", 1_790_000_000.0 + 86399) == "first"
-    assert add("third", 1_790_000_000.0 + 86400) == "third"
-    assert add("fourth", 1_790_000_000.0 + 86401) == "third"
+    assert add("first", 1_790_000_000.0) == ["first"]
+    assert add("second", 1_790_000_000.0 + 86399) == ["first"]
+    assert add("third", 1_790_000_000.0 + 86400) == ["third"]
+    assert add("fourth", 1_790_000_000.0 + 86401) == ["third"]
+
+
+def test_tasks_that_came_together_are_replayed_together(database):
+    def add(*names):
+        tasks = [NewTask(name, "p", "m", {}) for name in names]
+        return database.add(tasks, 1_790_000_000.0, None, db.Key("", "k", "f"))
+
+    assert add("a", "b", "c") == ["a", "b", "c"]
+    assert add("d", "e", "f") == ["a", "b", "c"]
+    assert database.get("d") is None
+
+
+def test_tasks_that_come_together_are_stored_all_or_none(database):
+    def add(*names):
+        database.add([NewTask(name, "p", "m", {}) for name in names], 1_790_000_000.0, 3)
+
+    add("a", "b")
+    with pytest.raises(db.QueueFull):
+        add("c", "d")
+    assert database.get("c") is None
+    add("e")
+    assert database.get("e")
 
 
 def test_a_key_outlives_a_restart(serve):

@@ -21,7 +21,7 @@ from PIL import Image
 from server import Server, alive, checkout, memory
 from upstream import Answer, closed_port
 
-from db import Database
+from db import Database, NewTask
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_a_task_added_in_a_standby_process_is_started(start, upstream):
     server = start()
     server.running()
     standby = Database(server.folder / "tasks.sqlite3")
-    standby.add("by-a-standby", "p", "m", {}, 0, time.time())
+    standby.add([NewTask("by-a-standby", "p", "m", {})], time.time())
     wait_until(lambda: upstream.calls)
     standby.close()
     assert server.all_end(["by-a-standby"])[0]["status"] == "completed"
