@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -43,8 +44,18 @@ _TEXT_RULE = f"text of at most {MAX_TEXT:,} characters, without NUL or half of a
 _TEXT = (Field(max_length=MAX_TEXT, description=_TEXT_RULE), AfterValidator(_plain_text))
 
 
-def _range(kind: str, least: int, most: int) -> Any:
-    return Field(ge=least, le=most, description=f"{kind} from {least} to {most}")
+def _whole(value: Any) -> Any:
+    """Take 512.0 for 512, as JSON Schema does; a sender may have no other numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _number(least: int, most: int) -> tuple[Any, ...]:
+    return (Field(ge=least, le=most, description=f"a number from {least} to {most}"),)
+
+
+def _integer(least: int, most: int) -> tuple[Any, ...]:
+    rule = f"an integer from {least} to {most}"
+    return (Field(ge=least, le=most, description=rule), BeforeValidator(_whole))
 
 
 class Generate(BaseModel):
@@ -54,14 +65,14 @@ class Generate(BaseModel):
 
     prompt: Annotated[str, *_TEXT]
     model: Annotated[str, Field(description="text"), AfterValidator(_model_name)]
-    guidance_scale: Annotated[float | None, _range("a number", 0, 20)] = 7.5
-    width: Annotated[int | None, _range("an integer", 128, 2048)] = 1024
-    height: Annotated[int | None, _range("an integer", 128, 2048)] = 1024
-    num_inference_steps: Annotated[int | None, _range("an integer", 1, 100)] = 20
+    guidance_scale: Annotated[float | None, *_number(0, 20)] = 7.5
+    width: Annotated[int | None, *_integer(128, 2048)] = 1024
+    height: Annotated[int | None, *_integer(128, 2048)] = 1024
+    num_inference_steps: Annotated[int | None, *_integer(1, 100)] = 20
     negative_prompt: Annotated[str | None, *_TEXT] = None
-    seed: Annotated[int | None, _range("an integer", 0, 2**32 - 1)] = None
-    true_cfg_scale: Annotated[float | None, _range("a number", 0, 10)] = None
-    priority: Annotated[int | None, _range("an integer", -100, 100)] = 0
+    seed: Annotated[int | None, *_integer(0, 2**32 - 1)] = None
+    true_cfg_scale: Annotated[float | None, *_number(0, 10)] = None
+    priority: Annotated[int | None, *_integer(-100, 100)] = 0
 
     @field_validator("*")
     @classmethod
@@ -104,7 +115,7 @@ def _is_blank(prompt: Any) -> bool:
 
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body, parse_int=_integer)
+        value = json.loads(body, parse_int=_any_integer)
     except RecursionError:
         raise Invalid("The body is nested too deeply") from None
     except ValueError as error:
@@ -114,7 +125,7 @@ def _json_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _integer(digits: str) -> int:
+def _any_integer(digits: str) -> int:
     """Read an integer of any length: past these digits it is out of every range anyway."""
     return int(digits[:100])
 
