@@ -30,6 +30,8 @@ from db import Database, DatabaseError, KeyReused, QueueFull
 from images import Decoder
 from worker import Worker
 
+# A client that takes or sends nothing for so long has no thread any more.
+_STALL_SECONDS = 60.0
 # With this exit code of a worker gunicorn stops, instead of starting it again for ever.
 _GUNICORN_GIVES_UP = 4
 
@@ -63,6 +65,8 @@ def create_app(config: Config) -> Flask:
     def begin() -> None:
         g.began = time.monotonic()
         g.request_id = guard.request_id()
+        if connection := request.environ.get("gunicorn.socket"):
+            connection.settimeout(_STALL_SECONDS)
         worker.start()
         if request.path != "/healthz":
             guard.check_page(config)

@@ -519,6 +519,26 @@ def test_gunicorns_own_way_beyond_loopback_is_refused_too(tmp_path, where):
     assert "Booting worker" not in ended.stderr
 
 
+def test_a_reload_without_keys_ends_a_server_that_listens_beyond_loopback(tmp_path, upstream):
+    # In a network of its own, which nobody else can reach.
+    network = ["unshare", "--net"]
+    if subprocess.run([*network, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make a network of its own")
+    folder = tmp_path / "server"
+    folder.mkdir()
+    (folder / ".env").write_text("API_KEYS=a-key\n")
+    command = [*network, sys.executable, "-m", "gunicorn", "-b", f"0.0.0.0:{closed_port()}"]
+    server = Server(folder, upstream.url, ("-c", f"import os; os.execvp('unshare', {command})"))
+    try:
+        wait_until(lambda: "Booting worker" in server.log(), what=server.log())
+        (folder / ".env").write_text("")
+        server.send(signal.SIGHUP)
+        assert server.process.wait(60) == 0
+        assert "HOST=0.0.0.0: anyone who reaches this address" in server.log()
+    finally:
+        server.close()
+
+
 def test_gunicorns_patience_is_longer_than_the_grace(tmp_path):
     environ = {"CHUTES_API_TOKEN": TOKEN, "SHUTDOWN_GRACE": "100"}
     shown = run(tmp_path / "server", "-m", "gunicorn", "--print-config", **environ).stdout
