@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 from pathlib import Path
 
 from gunicorn import glogging
@@ -54,6 +55,13 @@ class logger_class(glogging.Logger):
             handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
         logs.logging.root.handlers = list(self.error_log.handlers)
         logs.logging.root.setLevel(self.error_log.level)
+
+    def exception(self, msg, *args, **kwargs):
+        """Log a traceback, but not where a client is at fault."""
+        if isinstance(sys.exc_info()[1], TimeoutError):
+            self.info("a client has stalled, and is given up")
+        else:
+            super().exception(msg, *args, **kwargs)
 
 
 def when_ready(server):

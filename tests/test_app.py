@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import re
-import socket
 import threading
 import uuid
 from pathlib import Path
@@ -174,13 +173,6 @@ def test_a_hostile_body_is_refused_by_name(client, caplog, body, fault):
     assert "Traceback" not in caplog.text
     rows = client.application.extensions["database"]
     assert not rows.has_work(9e9) and rows.orphans() == []
-
-
-def test_a_client_that_stalls_is_given_up(client):
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        client.get("/queue", environ_overrides={"gunicorn.socket": ours})
-        assert ours.gettimeout() == 60
 
 
 def test_a_prompt_of_markup_is_only_text(client, upstream):

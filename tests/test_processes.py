@@ -19,7 +19,7 @@ import pytest
 from conftest import TOKEN, wait_until
 from PIL import Image
 from server import Server, alive, checkout, memory
-from upstream import Answer, closed_port
+from upstream import Answer, closed_port, picture
 
 from db import Database, NewTask
 
@@ -517,6 +517,33 @@ def test_gunicorns_own_way_beyond_loopback_is_refused_too(tmp_path, where):
     last = ended.stderr.splitlines()[-1]
     assert "HOST=0.0.0.0" in last and "ALLOW_ANONYMOUS" in last
     assert "Booting worker" not in ended.stderr
+
+
+def test_clients_that_stall_are_given_up(tmp_path, upstream):
+    upstream.decide = lambda fields: Answer(body=picture() + bytes(20_000_000))
+    hasty = (
+        "import app, sys; app._STALL_SECONDS = 0.5; sys.argv = ['gunicorn'];"
+        "from gunicorn.app.wsgiapp import run; run()"
+    )
+    server = Server(tmp_path / "server", upstream.url, ("-c", hasty), THREADS=2, WORKERS=1)
+    clients = []
+    try:
+        (task,) = all_completed(server.ready(), [server.submit()])
+        for request in (
+            f"GET /images/{task['id']} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+        ):
+            for _ in range(2):
+                clients.append(socket.create_connection(("127.0.0.1", server.port)))
+                clients[-1].sendall(request.encode())
+            wait_until(lambda: server.request("GET", "/healthz")[0] == 200)
+        assert b"400 BAD REQUEST" in clients[-1].recv(100)
+        assert server.log().count("a client has stalled, and is given up") == 2
+        assert "Traceback" not in server.log()
+    finally:
+        for client in clients:
+            client.close()
+        server.close()
 
 
 def test_a_reload_without_keys_ends_a_server_that_listens_beyond_loopback(tmp_path, upstream):
