@@ -21,6 +21,7 @@ import config as settings
 import gauges
 import guard
 import logs
+import openai_images
 import openapi
 import pictures
 import tasks
@@ -53,6 +54,7 @@ def create_app(config: Config) -> Flask:
     app.json.sort_keys = False
     app.json.ensure_ascii = False
     app.json.compact = True
+    signer = guard.Signer(config.database_path)
     database = Database(config.database_path)
     decoder = Decoder()
     worker = Worker(config, database, Chutes(config), decoder)
@@ -70,7 +72,7 @@ def create_app(config: Config) -> Flask:
         worker.start()
         if request.path != "/healthz":
             guard.check_page(config)
-            g.client = guard.check_key(config)
+            g.client = guard.check_key(config, signer)
 
     @app.after_request
     def note(response: Response) -> Response:
@@ -122,6 +124,7 @@ def create_app(config: Config) -> Flask:
     app.register_blueprint(openapi.blueprint(config))
     app.register_blueprint(gauges.blueprint(config, database, worker))
     app.register_blueprint(pictures.blueprint(config, database, worker, decoder))
+    app.register_blueprint(openai_images.blueprint(config, database, worker, signer))
     return app
 
 

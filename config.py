@@ -64,6 +64,7 @@ class Config:
     models: tuple[str, ...]
     min_free_mb: int
     retention_days: int
+    openai_wait: float
 
     @property
     def model_in_url(self) -> bool:
@@ -364,6 +365,7 @@ _SETTINGS: dict[str, tuple[Any, Callable]] = {
     "MODELS": (tuple, _names),
     "MIN_FREE_MB": (200, _integer(0, 1_000_000_000)),
     "RETENTION_DAYS": (0, _integer(0, 36_500)),
+    "OPENAI_WAIT": (280.0, _seconds(1, 86_400)),
     "PUBLIC_URL": (None, _public_url),
     "TRUSTED_PROXIES": (0, _integer(0, 10)),
 }

@@ -579,6 +579,22 @@ class Database:
             ).fetchall()
         return [_task([row]) for row in rows]
 
+    def models(self) -> list[str]:
+        """Return the models that have made a picture, of the tasks that are kept."""
+        with self._read() as connection:
+            rows = connection.execute(
+                """WITH RECURSIVE used (model) AS (
+                     SELECT min(model) FROM tasks INDEXED BY tasks_status_model
+                     WHERE status = 'completed'
+                     UNION ALL
+                     SELECT (SELECT min(tasks.model) FROM tasks INDEXED BY tasks_status_model
+                             WHERE status = 'completed' AND tasks.model > used.model)
+                     FROM used WHERE used.model IS NOT NULL
+                   )
+                   SELECT model FROM used WHERE model IS NOT NULL LIMIT 1000"""
+            ).fetchall()
+        return [row[0] for row in rows]
+
     def calls(self, id: str) -> list[PastCall]:
         """Read the upstream calls of a task, the first one first."""
         with self._read() as connection:

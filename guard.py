@@ -2,15 +2,59 @@
 
 import hashlib
 import hmac
+import os
 import re
+import secrets
+import tempfile
 import uuid
+from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from flask import abort, request
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Unauthorized
 
-from config import Config, is_loopback
+from config import Config, ConfigError, is_loopback
+
+_SECRET_BYTES = 32
+
+
+class Signer:
+    """Sign the addresses of images, so that they can be fetched without a key.
+
+    Each signature is for one image and nothing else, and holds for as long as the secret
+    beside the database, which is made once, for this user's eyes alone.
+    """
+
+    def __init__(self, database_path: Path):
+        path = Path(f"{database_path}.secret")
+        if not path.exists():
+            _make_secret(path)
+        self._secret = path.read_bytes()
+        if len(self._secret) != _SECRET_BYTES:
+            raise ConfigError(
+                f"{path}: must hold {_SECRET_BYTES} bytes; remove it, and a new one is made, "
+                "which the image addresses given out before do not fit"
+            )
+
+    def sign(self, task_id: str) -> str:
+        """Return the signature for the image of this task."""
+        return hmac.new(self._secret, f"image {task_id}".encode(), "sha256").hexdigest()
+
+    def has_signed(self, task_id: str, signature: str) -> bool:
+        """Tell, in constant time, whether the signature is the one for this image."""
+        return hmac.compare_digest(self.sign(task_id).encode(), _bytes(signature))
+
+
+def _make_secret(path: Path) -> None:
+    """Make the file whole or not at all; of two processes the first one's is kept."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as file:
+        file.write(secrets.token_bytes(_SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(file.name, path)
 
 
 def request_id() -> str:
@@ -46,12 +90,13 @@ def check_page(config: Config) -> None:
         )
 
 
-def check_key(config: Config) -> str:
+def check_key(config: Config, signer: Signer) -> str:
     """Return a name for the holder of the key, which tells nothing of it.
 
-    Refuses with 401 a request without one of API_KEYS, where there are any.
+    Refuses with 401 a request without one of API_KEYS, where there are any, and without
+    the right signature of the image that it asks for.
     """
-    if not config.api_keys:
+    if not config.api_keys or _is_signed(signer):
         return ""
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     given = [request.headers.get("X-API-Key", "")]
@@ -62,7 +107,7 @@ def check_key(config: Config) -> str:
         key
         for one in given
         for key in config.api_keys
-        if hmac.compare_digest(one.encode("utf-8", "surrogateescape"), key.encode())
+        if hmac.compare_digest(_bytes(one), key.encode())
     ]
     if not matches:
         raise Unauthorized(
@@ -70,6 +115,17 @@ def check_key(config: Config) -> str:
             www_authenticate=WWWAuthenticate("bearer"),
         )
     return hashlib.sha256(matches[0].encode()).hexdigest()[:16]
+
+
+def _is_signed(signer: Signer) -> bool:
+    if request.endpoint != "pictures.image" or request.method not in ("GET", "HEAD"):
+        return False
+    task_id = request.view_args["name"].partition(".")[0]
+    return signer.has_signed(task_id, request.args.get("sig", ""))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _own_origins(config: Config) -> set[str | None]:

@@ -7,11 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from config import Config
-from schema import Generate
+from schema import OPENAI_MODEL, Generate, Generations
 from tasks import ERROR_CODES, MAX_PAGE, MAX_WAIT, STATUSES
 
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _TIME = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", description="UTC")]
+_EXAMPLE = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
 _COMPONENT = "#/components/schemas/{model}"
 
 
@@ -141,7 +142,57 @@ class Error(BaseModel):
     error: str
 
 
-_MODELS = (Accepted, Task, TaskWithCalls, Tasks, Retried, Queue, Health, Ready, Error)
+class Picture(_Answer):
+    """A picture in OpenAI's form: either key, as `response_format` says, or as the model does."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
+
+    b64_json: Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})] = ""
+    url: Annotated[str, Field(description="signed, so that it needs no key")] = ""
+
+
+class Pictures(_Answer):
+    """The pictures, when all are there."""
+
+    created: int
+    data: Annotated[list[Picture], Field(min_length=1, max_length=10)]
+
+
+class Model(_Answer):
+    """A model that may be asked for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class Models(_Answer):
+    """Those of MODELS, else the default one and those that have made a picture."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Fault(_Answer):
+    """What is wrong, and what to do; `param` names the field, `code` is a task's error_code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(_Answer):
+    """An error in OpenAI's form."""
+
+    error: Fault
+
+
+_MODELS = (
+    *(Accepted, Task, TaskWithCalls, Tasks, Retried, Queue, Health, Ready, Error),
+    *(Pictures, Models, OpenAIError),
+)
 
 _ERRORS = {
     400: "A fault in the request, which is named",
@@ -156,7 +207,10 @@ _ERRORS = {
     416: "The range is beyond the end of the picture",
     422: "The Idempotency-Key came with another request before",
     429: "MAX_PENDING tasks are pending",
+    500: "A defect of this server",
+    502: "Chutes failed in every attempt",
     503: "Not now; see Retry-After",
+    504: "The picture is not there in time; its task goes on",
     507: "Less than MIN_FREE_MB is free on the disk",
 }
 
@@ -176,7 +230,11 @@ def blueprint(config: Config) -> Blueprint:
 def document(config: Config) -> dict[str, Any]:
     """Return the API document, as this server is set up."""
     _, schemas = models_json_schema(
-        [(Generate, "validation"), *((model, "serialization") for model in _MODELS)],
+        [
+            (Generate, "validation"),
+            (Generations, "validation"),
+            *((model, "serialization") for model in _MODELS),
+        ],
         ref_template=_COMPONENT,
     )
     made = {
@@ -190,13 +248,13 @@ def document(config: Config) -> dict[str, Any]:
         "paths": paths(),
         "components": {"schemas": schemas["$defs"]},
     }
-    generate = made["components"]["schemas"]["Generate"]
-    fields = generate["properties"]
-    generate["required"] = ["prompt"]
-    # What validators of our own check.
-    fields["prompt"]["pattern"] = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
-    fields["negative_prompt"]["anyOf"][0]["pattern"] = r"^[^\u0000]*$"
-    fields["model"] = {"description": "a model's name", **_model_rule(config)}
+    for kind, model in (("Generate", _model_rule(config)), ("Generations", _any_model(config))):
+        made["components"]["schemas"][kind]["required"] = ["prompt"]
+        fields = made["components"]["schemas"][kind]["properties"]
+        # What validators of our own check.
+        fields["prompt"]["pattern"] = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+        fields["negative_prompt"]["anyOf"][0]["pattern"] = r"^[^\u0000]*$"
+        fields["model"] = {"description": "a model's name", **model}
     if config.api_keys:
         made["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
@@ -217,6 +275,11 @@ def _model_rule(config: Config) -> dict[str, Any]:
         }
     name = r"^(?!.*\.\.)(?!.*//)[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
     return {"type": ["string", "null"], "pattern": name}
+
+
+def _any_model(config: Config) -> dict[str, Any]:
+    """Return the rule where OpenAI's own names, or none, mean the default model."""
+    return {"anyOf": [_model_rule(config), {"type": "string", "pattern": f"^({OPENAI_MODEL})?$"}]}
 
 
 def paths() -> dict[str, Any]:
@@ -242,7 +305,7 @@ def paths() -> dict[str, Any]:
                 added,
                 [_idempotency_key()],
                 (400, 413, 415, 422, 429, 507),
-                body=True,
+                body=("Generate", _EXAMPLE),
             )
         },
         "/status/{id}": {
@@ -302,7 +365,7 @@ def paths() -> dict[str, Any]:
                 "image",
                 "Fetch the picture",
                 _picture("image/png", "image/jpeg", "image/webp"),
-                [task_id, wait],
+                [task_id, wait, _query("sig", {"type": "string"}, "in place of a key")],
                 (400, 404, 409, 410, 416, 503),
             )
         },
@@ -318,6 +381,25 @@ def paths() -> dict[str, Any]:
         "/queue": {"get": _operation("queue", "Look at the queue", queue)},
         "/queue/pause": {"post": _operation("pause", "Start no more calls", queue)},
         "/queue/resume": {"post": _operation("resume", "Go on", queue)},
+        "/v1/images/generations": {
+            "post": _operation(
+                "generations",
+                "Make pictures, and wait for them, as OpenAI's API does",
+                _json(200, "The pictures", "Pictures"),
+                [_idempotency_key()],
+                (400, 409, 410, 413, 415, 422, 429, 500, 502, 504, 507),
+                body=("Generations", {"prompt": "a red fox", "size": "1024x768", "n": 2}),
+                error_model="OpenAIError",
+            )
+        },
+        "/v1/models": {
+            "get": _operation(
+                "models",
+                "List the models, as OpenAI's API does",
+                _json(200, "The models", "Models"),
+                error_model="OpenAIError",
+            )
+        },
         "/healthz": {
             "get": _operation(
                 "healthz", "Ask if the process lives", _json(200, "It does", "Health")
@@ -351,7 +433,8 @@ def _operation(
     answers: dict[str, Any],
     parameters: list[dict[str, Any]] | None = None,
     errors: tuple[int, ...] = (),
-    body: bool = False,
+    body: tuple[str, dict[str, Any]] | None = None,
+    error_model: str = "Error",
 ) -> dict[str, Any]:
     refusals = (*errors, 401, 403, 405)
     made = {
@@ -360,12 +443,12 @@ def _operation(
         "parameters": parameters or [],
         "responses": {
             **answers,
-            **{str(code): _error(code) for code in sorted({*refusals, 503})},
+            **{str(code): _error(code, error_model) for code in sorted({*refusals, 503})},
         },
     }
     if body:
-        example = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
-        schema = {"$ref": _COMPONENT.format(model="Generate")}
+        model, example = body
+        schema = {"$ref": _COMPONENT.format(model=model)}
         made["requestBody"] = {
             "required": True,
             "content": {"application/json": {"schema": schema, "example": example}},
@@ -373,9 +456,12 @@ def _operation(
     return made
 
 
-def _error(code: int) -> dict[str, Any]:
-    schema = {"$ref": _COMPONENT.format(model="Error")}
-    example = {"error": _ERRORS[code]}
+def _error(code: int, model: str) -> dict[str, Any]:
+    schema = {"$ref": _COMPONENT.format(model=model)}
+    example: dict[str, Any] = {"error": _ERRORS[code]}
+    if model == "OpenAIError":
+        fault = {"message": _ERRORS[code], "type": "invalid_request_error", "param": None}
+        example = {"error": {**fault, "code": "a_word"}}
     content = {"application/json": {"schema": schema, "example": example}}
     return {"description": _ERRORS[code], "content": content}
 

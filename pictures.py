@@ -13,7 +13,7 @@ from config import Config
 from db import Database, Task
 from images import Decoder
 from tasks import known, wait_seconds
-from worker import Worker, thumbnail_path
+from worker import Worker, image_path, thumbnail_path
 
 # What a client is told to wait: one that has waited may ask at once, one that wanted to
 # and could not would use up its retries.
@@ -33,7 +33,7 @@ def blueprint(config: Config, database: Database, worker: Worker, decoder: Decod
         task = known(database, task_id, worker, wait_seconds())
         if task.status != "completed":
             return _not_yet_or_never(task)
-        path = _path(task, config)
+        path = image_path(config, task)
         if dot and path.suffix != f".{extension}":
             abort(404, f"The picture of this task is {path.name}")
         return _send(path, task, path, task.content_type, task.sha256)
@@ -43,7 +43,7 @@ def blueprint(config: Config, database: Database, worker: Worker, decoder: Decod
         task = known(database, task_id)
         if task.status != "completed":
             return _not_yet_or_never(task)
-        original = _path(task, config)
+        original = image_path(config, task)
         if not original.exists():
             return _gone(task)
         kept = thumbnail_path(config, task.id)
@@ -58,12 +58,6 @@ def blueprint(config: Config, database: Database, worker: Worker, decoder: Decod
         return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
 
     return routes
-
-
-def _path(task: Task, config: Config) -> Path:
-    """Return where the picture is: where it was put, or in a folder that has moved."""
-    path = Path(task.file_path)
-    return path if path.exists() else config.output_dir / path.name
 
 
 def _kept(path: Path) -> bytes | None:

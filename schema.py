@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -21,10 +22,18 @@ from config import model_fault
 MAX_TEXT = 10_000
 _SHOWN_FAULTS = 3
 _EXAMPLE = 'send one such as {"prompt": "a red fox"}'
+# OpenAI's names for models, which no chute bears.
+OPENAI_MODEL = r"(gpt-image|dall-e)-[A-Za-z0-9._-]{0,80}"
+_SIDE = r"(12[89]|1[3-9]\d|[2-9]\d\d|1\d{3}|20[0-3]\d|204[0-8])"
+_SIZE = rf"^((auto)?|{_SIDE}x{_SIDE})$"
 
 
 class Invalid(ValueError):
-    """A request that is refused; the message names the field and the rule."""
+    """A request that is refused; the message names the field, as `field` does, and the rule."""
+
+    def __init__(self, message: str, field: str | None = None):
+        super().__init__(message)
+        self.field = field
 
 
 def _plain_text(text: str | None) -> str | None:
@@ -81,24 +90,93 @@ class Generate(BaseModel):
 
     def params(self) -> dict[str, Any]:
         """Return what Chutes is sent beside the prompt and the model."""
-        return self.model_dump(exclude={"prompt", "model", "priority"}, exclude_none=True)
+        return self.model_dump(include=_PARAMS, exclude_none=True)
+
+
+_PARAMS = Generate.model_fields.keys() - {"prompt", "model", "priority"}
+
+
+class Generations(Generate):
+    """The body of a request for images in OpenAI's form; fields of no meaning here are ignored.
+
+    The fields of a request for one image may be given beside OpenAI's own.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    n: Annotated[int | None, *_integer(1, 10)] = 1
+    size: Annotated[
+        str | None,
+        Field(pattern=_SIZE, description="auto, or WIDTHxHEIGHT, each from 128 to 2048"),
+    ] = None
+    response_format: Annotated[
+        Literal["b64_json", "url"] | None, Field(description="b64_json or url")
+    ] = None
+    stream: Annotated[Literal[False] | None, Field(description="false: images come whole here")] = (
+        None
+    )
+
+    def each(self) -> list[Generate]:
+        """Return the request for each of the images.
+
+        A seed counts up: the same one would pay for the same image again.
+        """
+        fields = self.model_dump(include=Generate.model_fields.keys() - {"seed"})
+        if self.seed is None:
+            return [Generate.model_construct(**fields) for _ in range(self.n)]
+        seeds = [(self.seed + k) % 2**32 for k in range(self.n)]
+        return [Generate.model_construct(**fields, seed=seed) for seed in seeds]
 
 
 def parse_generate(
     body: bytes, default_model: str, model_in_url: bool, models: Sequence[str] = ()
 ) -> Generate:
     """Read a request for one image from JSON, or raise Invalid; no `models` allow all."""
-    fields = _json_object(body)
+    return _validated(Generate, json_object(body), default_model, model_in_url, models)
+
+
+def parse_generations(
+    fields: dict[str, Any], default_model: str, model_in_url: bool, models: Sequence[str] = ()
+) -> Generations:
+    """Read a request for images in OpenAI's form, or raise Invalid; no `models` allow all.
+
+    A width or height of its own counts more than `size`.
+    """
+    fields = dict(fields)
+    if fields.get("model") == "" or is_openai_model(fields, models):
+        fields["model"] = None
+    if isinstance(fields.get("size"), str) and re.fullmatch(_SIZE, fields["size"]):
+        for name, side in zip(("width", "height"), fields["size"].split("x"), strict=False):
+            if side.isdigit() and fields.get(name) is None:
+                fields[name] = int(side)
+    return _validated(Generations, fields, default_model, model_in_url, models)
+
+
+def is_openai_model(fields: dict[str, Any], models: Sequence[str] = ()) -> bool:
+    """Tell whether the model is one of OpenAI's own, and none of `models`."""
+    model = fields.get("model")
+    return (
+        isinstance(model, str) and model not in models and bool(re.fullmatch(OPENAI_MODEL, model))
+    )
+
+
+def _validated(
+    kind: type[Generate],
+    fields: dict[str, Any],
+    default_model: str,
+    model_in_url: bool,
+    models: Sequence[str],
+) -> Any:
     if _is_blank(fields.get("prompt")):
-        raise Invalid("Prompt is required")
+        raise Invalid("Prompt is required", "prompt")
     if fields.get("model") is None:
-        fields["model"] = default_model
+        fields = {**fields, "model": default_model}
     try:
-        wanted = Generate.model_validate(fields, context={"model_in_url": model_in_url})
+        wanted = kind.model_validate(fields, context={"model_in_url": model_in_url})
     except ValidationError as error:
-        raise Invalid(_sentence(error)) from error
+        raise Invalid(_sentence(error, kind), _field(error)) from error
     if fault := model_not_allowed(wanted.model, models):
-        raise Invalid(fault)
+        raise Invalid(fault, "model")
     return wanted
 
 
@@ -113,7 +191,8 @@ def _is_blank(prompt: Any) -> bool:
     return prompt is None or (isinstance(prompt, str) and not prompt.strip())
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """Read a JSON object, or raise Invalid."""
     try:
         value = json.loads(body, parse_int=_any_integer)
     except RecursionError:
@@ -134,14 +213,19 @@ def _reason(error: ValueError) -> str:
     return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def _sentence(error: ValidationError) -> str:
+def _field(error: ValidationError) -> str | None:
+    name = (error.errors()[0]["loc"] or (None,))[0]
+    return name if isinstance(name, str) else None
+
+
+def _sentence(error: ValidationError, kind: type[Generate]) -> str:
     faults = error.errors(include_url=False)
-    told = "; ".join(_fault(fault) for fault in faults[:_SHOWN_FAULTS])
+    told = "; ".join(_fault(fault, kind) for fault in faults[:_SHOWN_FAULTS])
     more = len(faults) - _SHOWN_FAULTS
     return f"{told}; and {more} more" if more > 0 else told
 
 
-def _fault(fault: dict[str, Any]) -> str:
+def _fault(fault: dict[str, Any], kind: type[Generate]) -> str:
     if not fault["loc"]:
         return "The name of a field holds half of a surrogate pair"
     name = fault["loc"][0]
@@ -149,7 +233,7 @@ def _fault(fault: dict[str, Any]) -> str:
         return f"{_shown(name)} is not a field{_nearest(name)}"
     if fault["type"] == "value_error":
         return f"{name} {fault['ctx']['error']}"
-    rule = Generate.model_fields[name].description
+    rule = kind.model_fields[name].description
     return f"{name} must be {rule}, not {_shown(fault['input'])}"
 
 

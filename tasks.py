@@ -48,7 +48,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
     def generate() -> Answer:
         try:
             wanted = schema.parse_generate(
-                _json_body(), config.default_model, config.model_in_url, config.models
+                json_body(), config.default_model, config.model_in_url, config.models
             )
         except schema.Invalid as error:
             abort(400, str(error))
@@ -253,7 +253,8 @@ def _conflict(task: Task, why: str) -> Answer:
     return jsonify(error=f"The task {why}", status=task.status), 409, {}
 
 
-def _json_body() -> bytes:
+def json_body() -> bytes:
+    """Return the body, which is declared as JSON, as a form or not at all, or answer 4xx."""
     declared = request.mimetype
     if declared and declared != _FORM and not request.is_json:
         abort(

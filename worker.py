@@ -512,6 +512,12 @@ class _QueueLock:
         return True
 
 
+def image_path(config: Config, task: Task) -> Path:
+    """Return where a task's picture is: where it was put, or in a folder that has moved."""
+    path = Path(task.file_path)
+    return path if path.exists() else config.output_dir / path.name
+
+
 def thumbnail_path(config: Config, task_id: str) -> Path:
     """Return where the thumbnail of a task's picture is kept."""
     return config.output_dir / "thumbnails" / f"{task_id}.webp"

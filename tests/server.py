@@ -68,7 +68,7 @@ class Server:
     def _answers(self):
         assert self.process.poll() is None, self.log()
         try:
-            return self.request("GET", "/status/x")[0] == 404
+            return self.request("GET", "/healthz")[0] == 200
         except OSError:
             return False
 

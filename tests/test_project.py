@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "app": {
         "gauges",
         "guard",
+        "openai_images",
         "openapi",
         "pictures",
         "tasks",
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "worker": {"waiters", "db", "chutes", "images", "config"},
     "gauges": {"tasks", "worker", "db", "config"},
     "guard": {"config"},
+    "openai_images": {"tasks", "worker", "guard", "schema", "db", "config"},
     "openapi": {"tasks", "schema", "config"},
     "waiters": set(),
     "chutes": {"config"},
@@ -47,7 +49,7 @@ MAY_IMPORT = {
 }
 # What only one module knows. The simulator is a program of its own.
 ONLY = {
-    "flask": {"app", "gauges", "guard", "openapi", "tasks", "pictures"},
+    "flask": {"app", "gauges", "guard", "openai_images", "openapi", "tasks", "pictures"},
     "sqlite3": {"db"},
     "requests": {"chutes"},
     "urllib3": {"chutes"},

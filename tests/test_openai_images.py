@@ -1,0 +1,686 @@
+"""The endpoint in OpenAI's form, as its official client uses it: a real server, real sockets."""
+
+import base64
+import http.client
+import io
+import json
+import random
+import re
+import signal
+import threading
+import urllib.request
+
+import openai
+import pytest
+from conftest import KEYS, PROMPT, finished, submit, wait_until
+from PIL import Image
+from server import Server, memory
+from upstream import Answer, Upstream, closed_port, picture, refusal, serving
+
+from guard import Signer
+
+KEY = KEYS.split(",")[0]
+COLOURS = ("red", "green", "blue")
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """Yield a server with keys and its upstream, for the tests that need no others."""
+    with serving(Upstream()) as upstream:
+        folder = tmp_path_factory.mktemp("service") / "server"
+        server = Server(folder, upstream.url, API_KEYS=KEYS, RETRY_BACKOFF=0.05)
+        try:
+            server.ready().running()
+            yield server, upstream
+        finally:
+            upstream.gate.set()
+            server.close()
+
+
+@pytest.fixture
+def shared(service):
+    """Return the server and its upstream, which answers as it did at the first test."""
+    upstream = service[1]
+    upstream.gate.set()
+    upstream.calls.clear()
+    upstream.decide = lambda fields: Answer()
+    return service
+
+
+@pytest.fixture
+def client(shared):
+    with openai_client(shared[0]) as client:
+        yield client
+
+
+@pytest.fixture
+def upstream(shared):
+    return shared[1]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a maker of servers of their own, each with an upstream."""
+    with serving(Upstream()) as upstream:
+        made = []
+
+        def make(**values):
+            folder = tmp_path / "server"
+            made.append(Server(folder, upstream.url, RETRY_BACKOFF=0.05, **values))
+            made[-1].ready().running()
+            return made[-1], upstream
+
+        yield make
+        upstream.gate.set()
+        for server in made:
+            server.close()
+
+
+def openai_client(server, key=KEY, **values):
+    values = {"max_retries": 2, "timeout": 60, **values}
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key=key, **values)
+
+
+def fetch(url):
+    """Return the status and bytes of an address, asked for without any header of ours."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def ids_in(error):
+    return re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", error.body["message"])
+
+
+# Pictures
+
+
+def test_a_picture_comes_as_base64(client, upstream):
+    made = client.images.generate(model="qwen-image", prompt=PROMPT, size="512x768")
+    assert base64.b64decode(made.data[0].b64_json, validate=True) == picture()
+    assert isinstance(made.created, int)
+    assert made.data[0].url is None
+    (call,) = upstream.calls
+    assert (call["prompt"], call["width"], call["height"]) == (PROMPT, 512, 768)
+
+
+def test_a_picture_comes_as_an_address_that_needs_no_key(client, shared):
+    made = client.images.generate(model="qwen-image", prompt=PROMPT, response_format="url")
+    assert made.data[0].b64_json is None
+    assert made.data[0].url.startswith(f"{shared[0].address}/images/")
+    assert fetch(made.data[0].url) == (200, picture())
+
+
+def test_the_answer_has_one_key_for_each_picture(client):
+    for form in ("b64_json", "url"):
+        made = client.images.with_raw_response.generate(
+            model="qwen-image", prompt=PROMPT, response_format=form, n=2
+        )
+        told = json.loads(made.text)
+        assert set(told) == {"created", "data"}
+        assert [set(one) for one in told["data"]] == [{form}] * 2
+        assert made.text.endswith("\n")
+        assert made.headers["x-request-id"]
+
+
+def test_three_pictures_are_three_tasks(client, upstream):
+    colours = iter(COLOURS)
+    upstream.decide = lambda fields: Answer(body=picture(colour=next(colours)))
+    made = client.images.generate(model="qwen-image", prompt=PROMPT, n=3)
+    found = {base64.b64decode(one.b64_json) for one in made.data}
+    assert found == {picture(colour=colour) for colour in COLOURS}
+    assert len(upstream.calls) == 3
+
+
+def test_this_servers_own_fields_are_taken(client, upstream):
+    given = {
+        "seed": 4294967295,
+        "negative_prompt": "a dog",
+        "num_inference_steps": 12,
+        "guidance_scale": 3.5,
+        "true_cfg_scale": 2,
+        "width": 640,
+        "height": 384,
+    }
+    client.images.generate(
+        model="FLUX.1-dev", prompt=PROMPT, size="512x512", extra_body={**given, "priority": 5}
+    )
+    assert upstream.calls == [{"model": "FLUX.1-dev", "prompt": PROMPT, **given}]
+
+
+def test_a_seed_counts_up_so_that_no_picture_is_paid_for_twice(client, upstream):
+    client.images.generate(model="qwen-image", prompt=PROMPT, n=3, extra_body={"seed": 4294967294})
+    assert sorted(call["seed"] for call in upstream.calls) == [0, 4294967294, 4294967295]
+
+
+def test_what_has_no_meaning_here_is_ignored(client, upstream):
+    client.images.generate(
+        model="qwen-image",
+        prompt=PROMPT,
+        quality="hd",
+        style="vivid",
+        background="transparent",
+        user="u-1",
+        moderation="low",
+        output_format="png",
+        extra_body={"something": {"else": 1}},
+    )
+    assert set(upstream.calls[0]) == {
+        *("model", "prompt", "width", "height", "guidance_scale", "num_inference_steps")
+    }
+
+
+@pytest.mark.parametrize("size", ["auto", "", None])
+def test_any_size_is_the_default_one(client, upstream, size):
+    client.images.generate(model="qwen-image", prompt=PROMPT, size=size)
+    assert (upstream.calls[0]["width"], upstream.calls[0]["height"]) == (1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("model", "form"), [("dall-e-3", "url"), ("dall-e-2", "url"), ("gpt-image-1.5", "b64_json")]
+)
+def test_openais_own_models_mean_the_default_one(client, shared, upstream, model, form):
+    made = client.images.generate(model=model, prompt=PROMPT)
+    assert getattr(made.data[0], form)
+    assert upstream.calls[0]["model"] == "qwen-image"
+    assert f"DEFAULT_MODEL asked={model}" in shared[0].log()
+
+
+def test_without_a_model_the_default_one_is_meant(client, upstream):
+    client.images.generate(prompt=PROMPT)
+    client.images.generate(prompt=PROMPT, model="")
+    assert [call["model"] for call in upstream.calls] == ["qwen-image"] * 2
+
+
+def test_base64_of_large_pictures_needs_little_memory(start):
+    noise = random.Random(7).randbytes(2000 * 2000 * 3)
+    out = io.BytesIO()
+    Image.frombytes("RGB", (2000, 2000), noise).save(out, "PNG", compress_level=0)
+    server, upstream = start(WORKERS=1)
+    upstream.decide = lambda fields: Answer(body=out.getvalue())
+    with openai_client(server) as client:
+        one = client.images.generate(prompt=PROMPT)
+        before = memory(server.runner(), "VmHWM")
+        many = client.images.generate(prompt=PROMPT, n=10)
+    assert {base64.b64decode(each.b64_json) for each in [*one.data, *many.data]} == {out.getvalue()}
+    assert memory(server.runner(), "VmHWM") - before < 2 * len(out.getvalue())
+
+
+# The signature
+
+
+@pytest.fixture
+def signed(client):
+    made = client.images.generate(model="qwen-image", prompt=PROMPT, response_format="url")
+    return made.data[0].url
+
+
+def test_a_signature_is_for_one_image_and_nothing_else(client, signed):
+    address, _, signature = signed.partition("?sig=")
+    other = client.images.generate(prompt=PROMPT, response_format="url").data[0].url
+    assert fetch(f"{address}?sig={other.partition('?sig=')[2]}")[0] == 401
+    for wrong in ("", signature[:-1], signature.upper(), "é", "0" * 64):
+        assert fetch(f"{address}?sig={urllib.parse.quote(wrong)}")[0] == 401
+    stem = address.removesuffix(".png")
+    assert fetch(f"{stem}?sig={signature}")[0] == 200
+    root = address.partition("/images/")[0]
+    task_id = stem.rpartition("/")[2]
+    for path in (f"/images/{task_id}/thumbnail", f"/status/{task_id}", f"/tasks/{task_id}"):
+        assert fetch(f"{root}{path}?sig={signature}")[0] == 401
+
+
+def test_a_signature_lets_nobody_delete(service, signed):
+    task_id, signature = re.search(r"images/([0-9a-f-]+)\.png\?sig=(.+)", signed).groups()
+    status, _, _ = service[0].request("DELETE", f"/tasks/{task_id}?sig={signature}")
+    assert status == 401
+    status, _, _ = service[0].request("POST", f"/images/{task_id}?sig={signature}")
+    assert status == 401
+
+
+def test_an_address_is_good_over_processes_and_restarts(start):
+    server, _ = start(API_KEYS=KEYS)
+    with openai_client(server) as client:
+        url = client.images.generate(prompt=PROMPT, response_format="url").data[0].url
+    secret = server.folder / "tasks.sqlite3.secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert [name for name in server.folder.iterdir() if "secret" in name.name] == [secret]
+    server.stop()
+    again, _ = start(API_KEYS=KEYS)
+    assert fetch(url.replace(server.address, again.address)) == (200, picture())
+
+
+def test_processes_that_start_together_have_one_secret(tmp_path):
+    signatures, together = set(), threading.Barrier(8)
+
+    def begin():
+        together.wait(10)
+        signatures.add(Signer(tmp_path / "database").sign("a task"))
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(signatures) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["database.secret"]
+
+
+def test_a_secret_that_is_not_whole_stops_the_start(tmp_path):
+    (tmp_path / "database.secret").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"database\.secret: must hold 32 bytes; remove it"):
+        Signer(tmp_path / "database")
+
+
+def test_the_address_is_the_public_one(start):
+    server, _ = start(PUBLIC_URL="https://pictures.example")
+    with openai_client(server) as client:
+        url = client.images.generate(prompt=PROMPT, response_format="url").data[0].url
+    assert url.startswith("https://pictures.example/images/")
+
+
+# Models
+
+
+def test_the_models_are_the_default_one_and_those_that_made_a_picture(start):
+    server, upstream = start()
+    upstream.decide = lambda fields: (
+        refusal(404, "model not found") if fields["model"] == "misspelt" else Answer()
+    )
+    with openai_client(server) as client:
+        assert [model.id for model in client.models.list()] == ["qwen-image"]
+        for model in ("z-image-turbo", "FLUX.1-dev", "z-image-turbo"):
+            client.images.generate(prompt=PROMPT, model=model)
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(prompt=PROMPT, model="misspelt")
+        models = list(client.models.list())
+    assert [model.id for model in models] == ["qwen-image", "FLUX.1-dev", "z-image-turbo"]
+    assert {(model.object, type(model.created)) for model in models} == {("model", int)}
+
+
+def test_the_models_are_those_that_are_allowed(start):
+    server, _ = start(MODELS="qwen-image, x/y")
+    with openai_client(server) as client:
+        assert [model.id for model in client.models.list()] == ["qwen-image", "x/y"]
+        with pytest.raises(openai.BadRequestError, match="qwen-image, x/y") as error:
+            client.images.generate(prompt=PROMPT, model="z")
+        assert error.value.param == "model"
+        client.images.generate(prompt=PROMPT, model="gpt-image-1")
+
+
+# Errors, each as the class that the client raises
+
+
+def check_form(error, status):
+    assert error.status_code == status
+    told = error.response.json()
+    assert set(told) == {"error"}
+    assert set(told["error"]) == {"message", "type", "param", "code"}
+    assert told["error"]["message"] and told["error"]["type"] and told["error"]["code"]
+    assert error.request_id
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 0}, "n"),
+        ({"n": 11}, "n"),
+        ({"n": "two"}, "n"),
+        ({"size": "64x64"}, "size"),
+        ({"size": "1024"}, "size"),
+        ({"size": "1024x4096"}, "size"),
+        ({"response_format": "png"}, "response_format"),
+        ({"extra_body": {"stream": True}}, "stream"),
+        ({"extra_body": {"seed": -1}}, "seed"),
+        ({"extra_body": {"width": "wide"}}, "width"),
+        ({"extra_body": {"priority": 101}}, "priority"),
+        ({"extra_body": {"guidance_scale": 21}}, "guidance_scale"),
+        ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
+        ({"extra_body": {"true_cfg_scale": 11}}, "true_cfg_scale"),
+        ({"extra_body": {"negative_prompt": 7}}, "negative_prompt"),
+        ({"prompt": " "}, "prompt"),
+        ({"model": "../x"}, "model"),
+    ],
+)
+def test_a_bad_request_names_its_field_and_stores_nothing(client, shared, fields, param):
+    server, upstream = shared
+    before = server.rows("SELECT count(*) FROM tasks")
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(**{"prompt": PROMPT, "model": "qwen-image", **fields})
+    check_form(error.value, 400)
+    assert error.value.param == param
+    assert error.value.type == "invalid_request_error"
+    assert server.rows("SELECT count(*) FROM tasks") == before
+    assert upstream.calls == []
+
+
+def test_a_wrong_key_is_an_authentication_error(shared):
+    with openai_client(shared[0], key="wrong") as client:
+        for call in (client.models.list, lambda: client.images.generate(prompt=PROMPT)):
+            with pytest.raises(openai.AuthenticationError, match="A key is needed") as error:
+                call()
+            check_form(error.value, 401)
+            assert error.value.response.headers["www-authenticate"].lower() == "bearer"
+
+
+def test_another_sites_page_is_a_permission_error(client):
+    with pytest.raises(openai.PermissionDeniedError, match="another site") as error:
+        client.images.generate(prompt=PROMPT, extra_headers={"Origin": "https://evil.example"})
+    check_form(error.value, 403)
+
+
+def test_an_unknown_route_is_a_not_found_error(client):
+    with pytest.raises(openai.NotFoundError) as error:
+        client.images.edit(image=b"", prompt=PROMPT)
+    check_form(error.value, 404)
+
+
+def test_a_key_with_another_request_is_an_unprocessable_entity_error(client, upstream):
+    headers = {"Idempotency-Key": "another request"}
+    client.images.generate(prompt=PROMPT, extra_headers=headers)
+    with pytest.raises(openai.UnprocessableEntityError, match="Idempotency-Key") as error:
+        client.images.generate(prompt=PROMPT, n=2, extra_headers=headers)
+    check_form(error.value, 422)
+    assert len(upstream.calls) == 1
+
+
+def test_a_canceled_task_is_a_conflict_error(client, shared):
+    server, upstream = shared
+    upstream.gate.clear()
+    thread = threading.Timer(0, cancel_all, (server, upstream))
+    thread.start()
+    with pytest.raises(openai.ConflictError, match="canceled") as error:
+        client.images.generate(prompt=PROMPT)
+    thread.join()
+    check_form(error.value, 409)
+    assert error.value.code == "canceled"
+    assert error.value.response.headers["x-should-retry"] == "false"
+    assert len(upstream.calls) == 1
+
+
+def cancel_all(server, upstream):
+    wait_until(lambda: upstream.at_once)
+    for (task_id,) in server.rows("SELECT id FROM tasks WHERE status = 'processing'"):
+        request = urllib.request.Request(
+            f"{server.address}/tasks/{task_id}/cancel", b"", {"X-API-Key": KEY}
+        )
+        urllib.request.urlopen(request, timeout=30).close()
+
+
+def test_a_full_queue_is_a_rate_limit_error(start):
+    server, _ = start(MAX_PENDING=2)
+    server.request("POST", "/queue/pause")
+    with openai_client(server, max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError, match="MAX_PENDING") as error:
+            client.images.generate(prompt=PROMPT, n=3)
+        check_form(error.value, 429)
+    assert int(error.value.response.headers["retry-after"]) > 0
+    assert "x-should-retry" not in error.value.response.headers
+    assert server.rows("SELECT count(*) FROM tasks") == [(0,)]
+
+
+FAILURES = [
+    (refusal(400, "no"), openai.BadRequestError, 400, "upstream_rejected"),
+    (refusal(402, "Please add balance"), openai.RateLimitError, 429, "upstream_payment"),
+    (refusal(401, "Invalid token."), openai.InternalServerError, 502, "upstream_auth"),
+    (refusal(500, "no"), openai.InternalServerError, 502, "upstream_error"),
+    (Answer(body=b"not an image"), openai.InternalServerError, 502, "not_an_image"),
+    (Answer(body=picture()[:-9]), openai.InternalServerError, 502, "upstream_truncated"),
+]
+
+
+@pytest.mark.parametrize(("answer", "kind", "status", "code"), FAILURES)
+def test_a_failed_task_is_an_error_that_is_not_tried_again(start, answer, kind, status, code):
+    server, upstream = start(MAX_ATTEMPTS=2)
+    upstream.decide = lambda fields: answer
+    with openai_client(server) as client, pytest.raises(kind) as error:
+        client.images.generate(prompt=PROMPT)
+    check_form(error.value, status)
+    assert error.value.code == code
+    assert error.value.response.headers["x-should-retry"] == "false"
+    tries = 2 if status == 502 and code != "upstream_auth" else 1
+    assert len(upstream.calls) == tries, "the client did not pay again"
+    assert server.rows("SELECT count(*) FROM tasks") == [(1,)]
+
+
+def test_one_of_three_that_fails_is_an_error_with_all_ids(client, shared, upstream):
+    answers = iter([Answer(), refusal(400, "no"), Answer()])
+    upstream.decide = lambda fields: next(answers)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.generate(prompt=PROMPT, n=3)
+    assert len(set(ids_in(error.value))) == 3
+    assert error.value.code == "upstream_rejected"
+
+
+def test_a_wait_that_is_over_is_an_error_and_the_tasks_go_on(start):
+    server, upstream = start(OPENAI_WAIT=1)
+    upstream.gate.clear()
+    with openai_client(server) as client, pytest.raises(openai.InternalServerError) as error:
+        client.images.generate(prompt=PROMPT, n=2)
+    check_form(error.value, 504)
+    assert error.value.response.headers["x-should-retry"] == "false"
+    ids = ids_in(error.value)
+    assert len(ids) == 2
+    upstream.gate.set()
+    assert {task["status"] for task in server.all_end(ids)} == {"completed"}
+    assert len(upstream.calls) == 2
+
+
+def test_a_client_that_tells_its_patience_is_answered_before_it_ends(client, upstream):
+    upstream.gate.clear()
+    with pytest.raises(openai.InternalServerError) as error:
+        client.with_options(timeout=1).images.generate(prompt=PROMPT)
+    assert error.value.status_code == 504
+
+
+@pytest.mark.parametrize("told", ["nan", "-1", "0", "soon", "1e999"])
+def test_a_patience_of_no_sense_is_no_patience(client, told):
+    made = client.images.generate(prompt=PROMPT, extra_headers={"X-Stainless-Read-Timeout": told})
+    assert made.data[0].b64_json
+
+
+def test_a_client_that_hangs_up_cancels_nothing(shared):
+    server, upstream = shared
+    upstream.gate.clear()
+    silent = {"X-Stainless-Read-Timeout": openai.Omit()}
+    hasty = openai_client(server, max_retries=0, timeout=0.5)
+    with hasty as client, pytest.raises(openai.APITimeoutError):
+        client.images.generate(prompt=PROMPT, extra_headers=silent)
+    wait_until(lambda: upstream.at_once == 1)
+    ((task_id,),) = server.rows("SELECT id FROM tasks ORDER BY seq DESC LIMIT 1")
+    upstream.gate.set()
+    wait_until(
+        lambda: server.rows(f"SELECT 1 FROM tasks WHERE id = '{task_id}' AND status = 'completed'")
+    )
+    assert len(upstream.calls) == 1
+
+
+def test_a_client_that_hangs_up_frees_its_place(start):
+    server, upstream = start(THREADS=2, WORKERS=1)
+    upstream.gate.clear()
+    body = json.dumps({"prompt": PROMPT})
+    gone = http.client.HTTPConnection("127.0.0.1", server.port)
+    gone.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+    wait_until(lambda: upstream.at_once == 1)
+    gone.close()
+    with openai_client(server, max_retries=0, timeout=1) as client:
+        wait_until(lambda: _status_of(client) == 504)
+
+
+def _status_of(client):
+    with pytest.raises(openai.APIStatusError) as error:
+        client.images.generate(prompt=PROMPT)
+    return error.value.status_code
+
+
+def test_nobody_there_is_a_connection_error():
+    port = closed_port()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+    with client, pytest.raises(openai.APIConnectionError):
+        client.images.generate(prompt=PROMPT)
+
+
+def test_calls_past_half_of_the_threads_are_refused_and_store_nothing(start):
+    server, upstream = start(THREADS=4, WORKERS=1)
+    upstream.gate.clear()
+    made = []
+
+    def call():
+        with openai_client(server) as client:
+            made.append(client.images.generate(prompt=PROMPT))
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: upstream.at_once == 2)
+    refused = pytest.raises(openai.RateLimitError, match="half of THREADS")
+    with openai_client(server, max_retries=0) as client, refused as error:
+        client.images.generate(prompt=PROMPT)
+    check_form(error.value, 429)
+    assert int(error.value.response.headers["retry-after"]) > 0
+    assert "x-should-retry" not in error.value.response.headers
+    assert server.rows("SELECT count(*) FROM tasks") == [(2,)]
+    # Those of ?wait= have the same places.
+    ((task_id,), _) = server.rows("SELECT id FROM tasks")
+    assert server.request("GET", f"/status/{task_id}?wait=60")[2]["status"] == "processing"
+    upstream.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(made) == len(upstream.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/v1/images/generations", {}, 405),
+        ("POST", "/v1/models", {}, 405),
+        ("POST", "/v1/images/generations", {"Content-Type": "text/plain"}, 415),
+        ("POST", "/v1/images/generations", {"Content-Length": str(2**21)}, 413),
+        ("POST", "/v1/images/generations", {"Idempotency-Key": ""}, 400),
+        ("GET", "/v1/", {}, 404),
+        ("GET", "/v1/models/x", {}, 404),
+    ],
+)
+def test_every_error_has_openais_form(shared, method, path, headers, status):
+    connection = http.client.HTTPConnection("127.0.0.1", shared[0].port, timeout=30)
+    body = json.dumps({"prompt": PROMPT}) if method == "POST" else None
+    connection.request(method, path, body, {"X-API-Key": KEY, **headers})
+    answer = connection.getresponse()
+    told = json.load(answer)
+    connection.close()
+    assert answer.status == status
+    assert set(told) == {"error"}
+    assert set(told["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["X-Request-ID"]
+    assert ("Allow" in answer.headers) == (status == 405)
+
+
+def test_a_defect_has_openais_form_and_is_not_tried_again(serve, monkeypatch):
+    client = serve()
+    queue = client.application.extensions["worker"]
+    monkeypatch.setattr(queue.waiters, "wait_for_any", lambda ids, seconds: 1 / 0)
+    monkeypatch.setattr(queue, "wake", lambda: None)
+    client.post("/queue/pause")
+    answer = client.post("/v1/images/generations", json={"prompt": "p"})
+    assert answer.status_code == 500
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["X-Should-Retry"] == "false"
+
+
+def test_under_the_floor_of_the_disk_nothing_is_stored(serve):
+    client = serve(MIN_FREE_MB=10**9)
+    answer = client.post("/v1/images/generations", json={"prompt": "p", "n": 2})
+    assert (answer.status_code, answer.json["error"]["type"]) == (507, "server_error")
+    assert "MIN_FREE_MB" in answer.json["error"]["message"]
+    assert "X-Should-Retry" not in answer.headers
+    assert client.get("/tasks").json["tasks"] == []
+
+
+def test_other_routes_keep_their_form(serve):
+    assert serve().get("/v1").json == {"error": "There is no GET /v1 on this server"}
+
+
+# Idempotency, deletion, and the end of the server
+
+
+def test_the_same_key_is_answered_with_the_same_pictures(client, shared, upstream):
+    colours = iter(COLOURS)
+    upstream.decide = lambda fields: Answer(body=picture(colour=next(colours)))
+    made = [
+        client.images.with_raw_response.generate(
+            prompt=PROMPT, n=2, response_format=form, extra_headers={"Idempotency-Key": "twice"}
+        )
+        for form in ("b64_json", "b64_json", "url")
+    ]
+    assert len(upstream.calls) == 2
+    first, again, urls = (one.parse().data for one in made)
+    assert [one.b64_json for one in first] == [one.b64_json for one in again]
+    assert [fetch(one.url)[1] for one in urls] == [base64.b64decode(one.b64_json) for one in first]
+    assert [one.headers.get("idempotent-replayed") for one in made] == [None, "true", "true"]
+
+
+def test_a_replay_waits_for_what_is_under_way(client, upstream):
+    upstream.gate.clear()
+    headers = {"Idempotency-Key": "under way"}
+    with pytest.raises(openai.InternalServerError):
+        client.with_options(timeout=1).images.generate(prompt=PROMPT, extra_headers=headers)
+    upstream.gate.set()
+    assert client.images.generate(prompt=PROMPT, extra_headers=headers).data[0].b64_json
+    assert len(upstream.calls) == 1
+
+
+def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path):
+    client = serve()
+    headers = {"Idempotency-Key": "k"}
+    body = {"prompt": "p"}
+    assert client.post("/v1/images/generations", json=body, headers=headers).status_code == 200
+    (file,) = (tmp_path / "outputs").glob("*.png")
+    file.unlink()
+    answer = client.post("/v1/images/generations", json=body, headers=headers)
+    assert answer.status_code == 410
+    assert "no longer there" in answer.json["error"]["message"]
+
+
+def test_a_task_that_was_deleted_is_said_to_be(serve):
+    client = serve()
+    headers = {"Idempotency-Key": "k"}
+    body = {"prompt": "p", "response_format": "url"}
+    made = client.post("/v1/images/generations", json=body, headers=headers)
+    task_id = re.search(r"images/([0-9a-f-]+)", made.json["data"][0]["url"])[1]
+    client.delete(f"/tasks/{task_id}")
+    answer = client.post("/v1/images/generations", json=body, headers=headers)
+    assert (answer.status_code, answer.json["error"]["code"]) == (409, "deleted")
+
+
+def test_a_server_that_stops_answers_those_that_wait(start):
+    server, upstream = start(SHUTDOWN_GRACE=1)
+    upstream.gate.clear()
+    errors = []
+
+    def call():
+        with openai_client(server) as client, pytest.raises(openai.APIStatusError) as error:
+            client.images.generate(prompt=PROMPT)
+        errors.append(error.value)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: upstream.at_once == 1)
+    server.stop(signal.SIGTERM)
+    thread.join(30)
+    assert errors[0].status_code == 504
+    assert errors[0].response.headers["x-should-retry"] == "false"
+    assert len(ids_in(errors[0])) == 1
+
+
+def test_pictures_are_found_where_they_were_moved(serve, tmp_path):
+    client = serve()
+    finished(client, submit(client))
+    headers = {"Idempotency-Key": "k"}
+    client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
+    client.application.extensions["worker"].stop()
+    (tmp_path / "outputs").rename(tmp_path / "moved")
+    client = serve(OUTPUT_DIR="moved")
+    answer = client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
+    assert base64.b64decode(answer.json["data"][0]["b64_json"]) == picture()
