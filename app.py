@@ -2,9 +2,13 @@
 
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -61,12 +65,13 @@ def create_app(config: Config) -> Flask:
     app.extensions.update(database=database, worker=worker, decoder=decoder)
 
     if config.trusted_proxies:
-        app.wsgi_app = ProxyFix(app.wsgi_app, *[config.trusted_proxies] * 5)
+        most = config.trusted_proxies
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=most, x_proto=most, x_host=most)
 
     @app.before_request
     def begin() -> None:
         g.began = time.monotonic()
-        g.request_id = guard.request_id()
+        g.request_id = guard.request_id(config)
         if connection := request.environ.get("gunicorn.socket"):
             connection.settimeout(_STALL_SECONDS)
         worker.start()
@@ -77,12 +82,12 @@ def create_app(config: Config) -> Flask:
     @app.after_request
     def note(response: Response) -> Response:
         response.headers["X-Request-ID"] = g.request_id
-        _log_request(response)
+        _log_request(response, config)
         return response
 
     @app.errorhandler(HTTPException)
     def refused(error: HTTPException) -> Response:
-        answer = jsonify(error=_sentence(error))
+        answer = jsonify(error=config.scrub(_sentence(error)))
         answer.status_code = error.code
         for name, value in error.get_headers():
             if name != "Content-Type":
@@ -147,6 +152,9 @@ def _from_environment() -> Flask:
     try:
         config = settings.in_force()
         logs.to_stderr(config.log_format, config.scrub)
+        for host in _listened_on():
+            if fault := settings.bind_fault(config, host):
+                raise settings.ConfigError(fault)
         app = create_app(config)
     except (settings.ConfigError, DatabaseError, OSError) as error:
         print(error, file=sys.stderr)
@@ -154,6 +162,21 @@ def _from_environment() -> Flask:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         _drain_when_told_to_stop(app.extensions["worker"])
     return app
+
+
+def _listened_on() -> Iterator[str]:
+    """Yield the addresses that this process listens on, whoever has told it to.
+
+    gunicorn passes them on to its processes, also where it has not read its settings here.
+    """
+    for entry in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # It is no socket.
+            found = socket.socket(fileno=int(entry.name))
+            listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            address = found.getsockname()
+            found.detach()
+            if listens and isinstance(address, tuple):
+                yield address[0]
 
 
 def _drain_when_told_to_stop(worker: Worker) -> None:
@@ -180,11 +203,11 @@ def _sentence(error: HTTPException) -> str:
     return error.description or error.name
 
 
-def _log_request(response: Response) -> None:
+def _log_request(response: Response, config: Config) -> None:
     log.info(
         "%s %s %s",
         request.method,
-        quote(request.path[:200]),
+        quote(config.scrub(request.path[:200])),
         response.status_code,
         extra={
             "task": g.get("task"),

@@ -1,6 +1,8 @@
 """The settings: read from the environment and `.env`, checked once, then frozen."""
 
+import functools
 import ipaddress
+import json
 import os
 import re
 import sys
@@ -8,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from dotenv import dotenv_values
 
@@ -72,10 +74,11 @@ class Config:
         return "{model}" in self.chutes_api_url
 
     def scrub(self, text: str) -> str:
-        """Return the text with the secrets in it, in whatever case, replaced by `***`."""
-        for secret in self._secrets:
-            text = re.sub(re.escape(secret), "***", text, flags=re.IGNORECASE)
-        return text
+        """Return the text with the secrets in it replaced by `***`.
+
+        In whatever case, and as they are written in an address, in JSON and by repr().
+        """
+        return _any_spelling(self._secrets).sub("***", text)
 
     def reveals_secret(self, text: str) -> bool:
         """Tell whether a text repeats a secret or a part of one that is worth guarding.
@@ -93,6 +96,20 @@ class Config:
     @property
     def _secrets(self) -> tuple[str, ...]:
         return (self.chutes_api_token, *self.api_keys)
+
+
+@functools.cache
+def _any_spelling(secrets: tuple[str, ...]) -> re.Pattern[str]:
+    spellings = {
+        spelt
+        for secret in secrets
+        for spelt in (
+            *(secret, quote(secret), quote(secret, safe="")),
+            *(json.dumps(secret)[1:-1], repr(secret)[1:-1]),
+        )
+    }
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
 
 
 def _skeleton(text: str) -> str:
@@ -245,21 +262,25 @@ def _secrets(text: str) -> tuple[str, ...]:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError("names, separated by commas")
+    return names
 
 
 def _public_url(text: str) -> str:
     rule = "an http or https address without a path, such as https://pictures.example"
-    if not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+/?", text):
+    if not re.fullmatch(r"https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:\d+)?/?", text):
         raise ValueError(rule)
     try:
-        parts = urlsplit(text.rstrip("/"))
-        host, _ = parts.hostname, parts.port
+        parts = urlsplit(text.rstrip("/").lower())
+        port = parts.port
     except ValueError:
         raise ValueError(rule) from None
-    if not host:
-        raise ValueError(rule)
-    return text.rstrip("/").lower()
+    # As browsers write it in Origin: without the port that goes without saying.
+    if port == {"http": 80, "https": 443}[parts.scheme]:
+        return parts.geturl().removesuffix(f":{port}")
+    return parts.geturl()
 
 
 def _url(text: str) -> str:

@@ -371,8 +371,9 @@ class Database:
                 ],
             )
             if key:
+                # An expired one may still be there: they are removed some at a time.
                 connection.execute(
-                    """INSERT INTO idempotency (client, key, fingerprint, task, created)
+                    """INSERT OR REPLACE INTO idempotency (client, key, fingerprint, task, created)
                        VALUES (?, ?, ?, ?, ?)""",
                     (key.client, key.text, key.fingerprint, " ".join(ids), now),
                 )
@@ -724,10 +725,12 @@ class Database:
                 connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task.id,))
             return tasks
 
-    def removals(self) -> list[str]:
-        """Return the deleted tasks whose files may still be there."""
+    def removals(self, limit: int = 1000) -> list[str]:
+        """Return some deleted tasks whose files may still be there, each time others."""
         with self._read() as connection:
-            rows = connection.execute("SELECT id FROM removals LIMIT 1000").fetchall()
+            rows = connection.execute(
+                "SELECT id FROM removals ORDER BY random() LIMIT ?", (limit,)
+            ).fetchall()
         return [row[0] for row in rows]
 
     def removed(self, id: str) -> None:
@@ -754,14 +757,20 @@ class Database:
                 pause_reason=reason,
                 oldest_pending=oldest,
                 calls_today=_calls_since(connection, midnight(now)),
-                holds=_holds(connection, [model for (model,) in models]),
+                holds=tuple(
+                    hold
+                    for hold in _holds(connection, [model for (model,) in models])
+                    if hold.probe or hold.until > now
+                ),
                 quota=None if quota[0] is None else tuple(quota),
             )
 
     def check(self) -> None:
         """Write nothing of note, to see that it can be written. Raises DatabaseError."""
         with self._write() as connection:
-            connection.execute("UPDATE queue SET paused = paused")
+            # An UPDATE to the same values would write nothing at all.
+            connection.execute("INSERT INTO removals (id) VALUES ('')")
+            connection.execute("DELETE FROM removals WHERE id = ''")
 
     def measure(self) -> Measures:
         """Read the numbers that are for gauges only."""

@@ -32,11 +32,12 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return jsonify(status="ok")
 
     @routes.get("/readyz")
-    def readyz() -> tuple[Response, int]:
+    def readyz() -> tuple[Response, int, dict[str, str]]:
         problems = list(_problems(config, database, worker))
         if not problems:
-            return jsonify(status="ok", problems=[]), 200
-        return jsonify(error=f"Not ready: {'; '.join(problems)}", problems=problems), 503
+            return jsonify(status="ok", problems=[]), 200, {}
+        sentence = f"Not ready: {'; '.join(problems)}"
+        return jsonify(error=sentence, problems=problems), 503, {"Retry-After": "10"}
 
     @routes.get("/metrics")
     def metrics() -> Response:

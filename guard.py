@@ -57,10 +57,11 @@ def _make_secret(path: Path) -> None:
             os.link(file.name, path)
 
 
-def request_id() -> str:
+def request_id(config: Config) -> str:
     """Return the X-Request-ID that came with the request, if it is a plain one, or a new one."""
     given = request.headers.get("X-Request-ID", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else str(uuid.uuid4())
+    is_plain = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) and config.scrub(given) == given
+    return given if is_plain else str(uuid.uuid4())
 
 
 def check_page(config: Config) -> None:
@@ -133,8 +134,17 @@ def _own_origins(config: Config) -> set[str | None]:
 
 
 def _is_own_host(config: Config) -> bool:
+    """Tell whether it is the server's own name, and where proxies gave it, theirs for it too.
+
+    A page of a rebound name can send X-Forwarded-Host, but no other Host.
+    """
+    before = request.environ.get("werkzeug.proxy_fix.orig", {}).get("HTTP_HOST")
+    return _is_own_name(request.host, config) and (not before or _is_own_name(before, config))
+
+
+def _is_own_name(netloc: str, config: Config) -> bool:
     try:
-        host = urlsplit(f"//{request.host}").hostname or ""
+        host = urlsplit(f"//{netloc}").hostname or ""
     except ValueError:
         return False
     return is_loopback(host) or host == urlsplit(config.public_url or "").hostname

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -55,6 +56,12 @@ class logger_class(glogging.Logger):
             handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
         logs.logging.root.handlers = list(self.error_log.handlers)
         logs.logging.root.setLevel(self.error_log.level)
+
+    def warning(self, msg, *args, **kwargs):
+        """Log a warning without what a client sent for a request: it may be a prompt."""
+        if msg.startswith("Invalid request"):
+            msg = re.split("['\"]", msg, maxsplit=1)[0]
+        super().warning(msg, *args, **kwargs)
 
     def exception(self, msg, *args, **kwargs):
         """Log a traceback, but not where a client is at fault."""

@@ -14,7 +14,7 @@ class Formatter(logging.Formatter):
     """Format a record as one line, scrubbed of secrets; only a traceback adds lines.
 
     What was passed as `extra` follows the message as key=value. Control characters
-    are escaped, so that no text from outside can forge a line.
+    are escaped and values quoted, so that no text from outside can forge a line or a fact.
     """
 
     converter = time.gmtime
@@ -30,7 +30,7 @@ class Formatter(logging.Formatter):
         when = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
         words = [f"{when}.{int(record.msecs):03d} {record.process} {record.levelname}"]
         words.append(_one_line(record.getMessage()))
-        words += [f"{key}={_one_line(str(value))}" for key, value in _extra(record).items()]
+        words += [f"{key}={_value(value)}" for key, value in _extra(record).items()]
         line = " ".join(words)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
@@ -78,6 +78,12 @@ def _extra(record: logging.LogRecord) -> dict:
         for key, value in vars(record).items()
         if key not in _OWN_FIELDS and value is not None
     }
+
+
+def _value(value: object) -> str:
+    """Quote what would not end where the next fact begins."""
+    text = str(value)
+    return _one_line(json.dumps(text, ensure_ascii=False) if re.search(r'[\s="]', text) else text)
 
 
 def _one_line(text: str) -> str:

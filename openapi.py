@@ -189,6 +189,18 @@ class OpenAIError(_Answer):
     error: Fault
 
 
+# What answers of a status tell beside their body.
+_HEADERS = {
+    "202": {
+        "Location": "the status of the new task",
+        "Idempotent-Replayed": "true, where the key has come before",
+    },
+    "401": {"WWW-Authenticate": "Bearer"},
+    "405": {"Allow": "the methods that there are"},
+    "429": {"Retry-After": "seconds"},
+    "503": {"Retry-After": "seconds"},
+    "507": {"Retry-After": "seconds"},
+}
 _MODELS = (
     *(Accepted, Task, TaskWithCalls, Tasks, Retried, Queue, Health, Ready, Error),
     *(Pictures, Models, OpenAIError),
@@ -315,7 +327,7 @@ def paths() -> dict[str, Any]:
             "get": _operation(
                 "tasks",
                 "List tasks, the newest first",
-                _json(200, "A page; the Link header names the next", "Tasks"),
+                _page(),
                 [
                     _query("status", {"type": "string", "enum": list(STATUSES)}, ""),
                     _query("model", {"type": "string"}, ""),
@@ -338,10 +350,12 @@ def paths() -> dict[str, Any]:
                 "Delete a task and its files",
                 {"204": {"description": "It is gone"}},
                 [task_id],
-                (404, 409),
+                (404, 409, 507),
             ),
         },
-        "/tasks/{id}/cancel": {"post": _operation("cancel", "End a task", one, [task_id], (404,))},
+        "/tasks/{id}/cancel": {
+            "post": _operation("cancel", "End a task", one, [task_id], (404, 507))
+        },
         "/tasks/{id}/retry": {
             "post": _operation(
                 "retry",
@@ -363,9 +377,14 @@ def paths() -> dict[str, Any]:
         "/images/{id}": {
             "get": _operation(
                 "image",
-                "Fetch the picture",
+                "Fetch the picture; /images/{id}.png, or what its ending is, is the same",
                 _picture("image/png", "image/jpeg", "image/webp"),
-                [task_id, wait, _query("sig", {"type": "string"}, "in place of a key")],
+                [
+                    task_id,
+                    wait,
+                    _query("sig", {"type": "string"}, "in place of a key"),
+                    *_of_a_file(),
+                ],
                 (400, 404, 409, 410, 416, 503),
             )
         },
@@ -374,13 +393,13 @@ def paths() -> dict[str, Any]:
                 "thumbnail",
                 "Fetch a picture of at most 512 pixels a side",
                 _picture("image/webp"),
-                [task_id],
+                [task_id, *_of_a_file()],
                 (404, 409, 410, 416, 503),
             )
         },
         "/queue": {"get": _operation("queue", "Look at the queue", queue)},
-        "/queue/pause": {"post": _operation("pause", "Start no more calls", queue)},
-        "/queue/resume": {"post": _operation("resume", "Go on", queue)},
+        "/queue/pause": {"post": _operation("pause", "Start no more calls", queue, errors=(507,))},
+        "/queue/resume": {"post": _operation("resume", "Go on", queue, errors=(507,))},
         "/v1/images/generations": {
             "post": _operation(
                 "generations",
@@ -437,14 +456,18 @@ def _operation(
     error_model: str = "Error",
 ) -> dict[str, Any]:
     refusals = (*errors, 401, 403, 405)
+    responses = {
+        **answers,
+        **{str(code): _error(code, error_model) for code in sorted({*refusals, 503})},
+    }
+    for code, response in responses.items():
+        told = {"X-Request-ID": "the client's own, or a new one", **_HEADERS.get(code, {})}
+        response["headers"] = {**_headers(told), **response.get("headers", {})}
     made = {
         "operationId": name,
         "summary": summary,
         "parameters": parameters or [],
-        "responses": {
-            **answers,
-            **{str(code): _error(code, error_model) for code in sorted({*refusals, 503})},
-        },
+        "responses": responses,
     }
     if body:
         model, example = body
@@ -474,12 +497,27 @@ def _json(
     return {str(code): {**made, "links": links} if links else made}
 
 
+def _headers(told: dict[str, str]) -> dict[str, Any]:
+    return {
+        name: {"description": description, "schema": {"type": "string"}}
+        for name, description in told.items()
+    }
+
+
+def _page() -> dict[str, Any]:
+    made = _json(200, "A page", "Tasks")
+    made["200"]["headers"] = _headers({"Link": 'the next page, as `rel="next"`'})
+    return made
+
+
 def _picture(*content_types: str) -> dict[str, Any]:
     content = {content_type: {} for content_type in content_types}
+    same = {"ETag": "strong: the SHA-256 of the bytes", "Cache-Control": "immutable, for a year"}
+    headers = _headers({**same, "Content-Disposition": "inline, with the file's name"})
     return {
-        "200": {"description": "The bytes", "content": content},
-        "206": {"description": "A part of the bytes", "content": content},
-        "304": {"description": "The bytes are those that the client has"},
+        "200": {"description": "The bytes", "content": content, "headers": headers},
+        "206": {"description": "A part of the bytes", "content": content, "headers": headers},
+        "304": {"description": "The client has these bytes", "headers": _headers(same)},
     }
 
 
@@ -496,6 +534,14 @@ def _path(name: str, description: str) -> dict[str, Any]:
 
 def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "schema": schema, "description": description}
+
+
+def _of_a_file() -> list[dict[str, Any]]:
+    told = {"Range": "one range of bytes; any other is ignored", "If-None-Match": "an ETag"}
+    return [
+        {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
+        for name, description in told.items()
+    ]
 
 
 def _idempotency_key() -> dict[str, Any]:

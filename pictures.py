@@ -79,9 +79,12 @@ def _keep(path: Path, data: bytes) -> None:
 def _send(
     file: Path | io.BytesIO, task: Task, name: Path, content_type: str, etag: str
 ) -> Response:
-    if not _asks_for_one_part():
-        request.environ.pop("HTTP_RANGE", None)
     try:
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+        part = _part_asked_for(size)
+        request.environ.pop("HTTP_RANGE", None)
+        if part:
+            request.environ["HTTP_RANGE"] = part
         response = send_file(file, content_type, conditional=True, etag=etag)
     except FileNotFoundError:
         return _gone(task)
@@ -91,13 +94,19 @@ def _send(
     return response
 
 
-def _asks_for_one_part() -> bool:
-    """Tell whether the Range is one to be answered; any other is ignored (RFC 9110, 14.2)."""
+def _part_asked_for(size: int) -> str | None:
+    """Return the Range that is to be answered; any other is ignored (RFC 9110, 14.2).
+
+    One that counts from the end becomes one from the start: a suffix longer than the file is
+    the whole of it, for RFC 9110, but an error for Werkzeug.
+    """
     found = re.fullmatch(r"bytes=([0-9]*)-([0-9]*)", request.headers.get("Range", "")[:60])
     if request.method != "GET" or not found or not any(found.groups()):
-        return False
+        return None
     first, last = found.groups()
-    return not (first and last) or int(first) <= int(last)
+    if not first:
+        return f"bytes={max(0, size - int(last))}-"
+    return None if last and int(first) > int(last) else found[0]
 
 
 def _not_yet_or_never(task: Task) -> Response:

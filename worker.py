@@ -238,12 +238,12 @@ class Worker:
             retired = self._db.retire(before, _RETIRE_STEP)
         for task in retired:
             self._remove_files(task)
-        for task_id in self._db.removals()[:_RETIRE_STEP]:
-            self._finish_removal(task_id)
         if retired:
             log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
-        else:
-            self._last_retired = now
+            return
+        for task_id in self._db.removals(_RETIRE_STEP):
+            self._finish_removal(task_id)
+        self._last_retired = now
 
     def _expire(self) -> None:
         """Fail what has waited too long; once a second, in steps."""

@@ -1,5 +1,8 @@
 """The settings: defaults, sources, and one clear line for each bad value."""
 
+import json
+from urllib.parse import quote
+
 import pytest
 from conftest import TOKEN
 
@@ -98,6 +101,9 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
         ("PUBLIC_URL", "https://pictures.example/path"),
         ("PUBLIC_URL", "https://user@pictures.example"),
         ("PUBLIC_URL", "https://pictures.example:port"),
+        ("PUBLIC_URL", "https://pictures.example:"),
+        ("PUBLIC_URL", "https://..."),
+        ("MODELS", ","),
         ("TASK_TTL", "99999999999"),
         ("TASK_TIMEOUT", "4294968"),
         ("CHUTES_API_URL", "http://image.chutes.ai/generate"),
@@ -143,6 +149,10 @@ def test_a_bad_secret_is_named_but_not_shown(tmp_path, name, value):
         ("RATE_LIMIT", "60/60", RateLimit(60, 60)),
         ("API_KEYS", "a, b,,c", ("a", "b", "c")),
         ("PUBLIC_URL", "https://Pictures.example:8443/", "https://pictures.example:8443"),
+        ("PUBLIC_URL", "https://pictures.example:443", "https://pictures.example"),
+        ("PUBLIC_URL", "http://pictures.example:80/", "http://pictures.example"),
+        ("PUBLIC_URL", "http://pictures.example:443", "http://pictures.example:443"),
+        ("PUBLIC_URL", "http://[::1]:3000", "http://[::1]:3000"),
         ("TRUSTED_PROXIES", "2", 2),
         ("RATE_LIMIT", "5/0.5", RateLimit(5, 0.5)),
         ("TASK_TIMEOUT", "1", 1.0),
@@ -233,3 +243,16 @@ def test_the_default_model_must_be_allowed(tmp_path):
     with pytest.raises(ConfigError, match="DEFAULT_MODEL=qwen-image: must be one of MODELS, a, b"):
         from_values(values, tmp_path)
     assert from_values({**values, "DEFAULT_MODEL": "b"}, tmp_path).models == ("a", "b")
+
+
+def test_a_public_address_is_no_leave_to_listen_there(tmp_path):
+    values = {"CHUTES_API_TOKEN": TOKEN, "PUBLIC_URL": "https://pictures.example"}
+    with pytest.raises(ConfigError, match=r"HOST=0\.0\.0\.0"):
+        from_values({**values, "HOST": "0.0.0.0"}, tmp_path)
+
+
+def test_a_secret_is_scrubbed_however_it_is_spelt(tmp_path):
+    key = 'a+b/c==\\d"e'
+    made = from_values({"CHUTES_API_TOKEN": TOKEN, "API_KEYS": key}, tmp_path)
+    for spelt in (key, key.upper(), quote(key), quote(key, safe=""), json.dumps(key), repr(key)):
+        assert made.scrub(f"1 {spelt} 2").replace('"', "").replace("'", "") == "1 *** 2"

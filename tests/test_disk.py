@@ -94,6 +94,25 @@ def test_no_room_while_an_image_is_written(start, disk, upstream):
     assert calls <= 3, "a call is paid for only where there seems to be room"
 
 
+@pytest.mark.parametrize("name", ["OUTPUT_DIR", "DATABASE_PATH"])
+def test_the_floor_is_that_of_either_disk(serve, disk, name):
+    client = serve(MIN_FREE_MB=30, **{name: disk / "there"})
+    answer = client.post("/generate", json={"prompt": "p"})
+    assert answer.status_code == 507
+
+
+def test_a_database_on_a_full_disk_is_not_ready(serve, disk):
+    client = serve(MIN_FREE_MB=0, DATABASE_PATH=disk / "tasks.sqlite3")
+    client.get("/healthz")
+    wait_until(lambda: client.get("/readyz").status_code == 200)
+    ballast = fill(disk, 0)
+    answer = client.get("/readyz")
+    assert answer.status_code == 503
+    assert "The database cannot be written" in answer.json["error"]
+    ballast.unlink()
+    assert client.get("/readyz").status_code == 200
+
+
 # The same floor, without a disk of its own
 
 
@@ -169,6 +188,48 @@ def test_what_ended_long_ago_is_removed_with_its_files(make, upstream):
     assert q.files() == sorted([Path(young.file_path).name, "thumbnails"])
     assert list(thumbnails.iterdir()) == []
     assert q.outcomes() == ["completed"]
+
+
+def test_what_ended_is_kept_to_the_second(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock, RETENTION_DAYS=1).start()
+    task = q.until(q.add(), status="completed")
+    clock.now += 86400
+    wait_until(lambda: q.worker._last_retired == clock.now)
+    assert q.task(task.id)
+    clock.now += 60
+    wait_until(lambda: q.task(task.id) is None)
+
+
+def test_a_death_while_files_are_removed_leaves_none(make, upstream, monkeypatch):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock, RETENTION_DAYS=1).start()
+    task = q.until(q.add(), status="completed")
+    q.worker.stop()
+    assert [old.id for old in q.db.retire(clock.now + 1, 5)] == [task.id]
+    assert q.task(task.id) is None and q.files()
+    again = make(clock, RETENTION_DAYS=1).start()
+    wait_until(lambda: again.db.removals() == [])
+    assert again.files() == []
+
+
+def test_removals_that_fail_do_not_stop_the_others(make, upstream):
+    q = make()
+    stuck = [f"stuck-{n}" for n in range(20)]
+    with q.db._write() as connection:
+        connection.executemany(
+            "INSERT INTO removals (id) VALUES (?)", ((name,) for name in [*stuck, "last"])
+        )
+    for name in stuck:
+        (q.config.output_dir / f"{name}.png" / "below").mkdir(parents=True)
+    q.start()
+    wait_until(lambda: q.worker._last_retired)
+    for _ in range(200):
+        if "last" not in q.db.removals():
+            break
+        q.clock.now += 61
+        wait_until(lambda: q.worker._last_retired == q.clock.now)
+    assert set(q.db.removals()) == set(stuck)
 
 
 def test_what_waits_is_not_removed_however_old(make, upstream):

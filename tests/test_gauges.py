@@ -1,5 +1,7 @@
 """Health, readiness, and the numbers for Prometheus."""
 
+from pathlib import Path
+
 import pytest
 from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
@@ -36,7 +38,9 @@ def problem_of(client, words):
     status, (problem,) = ready(client)
     assert status == 503
     assert words in problem
-    assert problem in client.get("/readyz").json["error"]
+    answer = client.get("/readyz")
+    assert problem in answer.json["error"]
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
@@ -45,6 +49,14 @@ def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
 
     monkeypatch.setattr(client.application.extensions["database"], "check", fail)
     problem_of(client, "The database cannot be written")
+
+
+def test_a_check_really_writes(database):
+    log = Path(f"{database.path}-wal")
+    before = log.stat().st_size
+    database.check()
+    assert log.stat().st_size > before
+    assert database.removals() == []
 
 
 def test_a_disk_under_the_floor_is_told(serve):
@@ -113,6 +125,28 @@ def test_the_numbers_are_those_of_the_database(serve, upstream):
     assert 0 < found[("image_proxy_upstream_seconds_sum",)] < 60
 
 
+def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream):
+    first = submit(paused)
+    wait_until(lambda: upstream.at_once == 1)
+    waits = submit(paused)
+    database = paused.application.extensions["database"]
+    with database._write() as connection:
+        connection.execute("UPDATE tasks SET created_at = '2026-01-01 00:00:00'")
+    found = numbers(paused)
+    assert found[("image_proxy_queue_depth",)] == 2
+    assert found[("image_proxy_oldest_pending_seconds",)] > 86400
+    for task_id in (first, waits):
+        paused.post(f"/tasks/{task_id}/cancel")
+
+
+def test_seconds_of_calls_add_up(database):
+    for name in ("a", "b"):
+        database.add([NewTask(name, "p", "m", {})], 1_790_000_000.0)
+        task = database.claim(1_790_000_000.0)
+        database.fail(task, Call("storage", 5.0), "storage", "e", 1_790_000_005.0)
+    assert database.measure().upstream_seconds == 10.0
+
+
 def test_a_slow_call_is_in_no_bucket_below_it(database):
     database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
     task = database.claim(1_790_000_000.0)
@@ -136,6 +170,16 @@ def test_a_held_model_is_counted(client, upstream):
     upstream.decide = lambda fields: refusal(429, "later")
     submit(client)
     wait_until(lambda: numbers(client)[("image_proxy_held_models",)] == 1)
+
+
+def test_a_hold_that_is_over_is_none(make, upstream, clock):
+    upstream.decide = lambda fields: refusal(429, "later")
+    q = make(clock=clock, RETRY_BACKOFF=5).start()
+    task_id = q.add()
+    wait_until(lambda: q.db.queue(clock.now).holds)
+    q.worker.cancel(task_id)
+    clock.now += 6
+    assert q.db.queue(clock.now).holds == ()
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])

@@ -1,6 +1,8 @@
 """Who may come in."""
 
+import hmac
 import re
+import sqlite3
 import uuid
 
 import pytest
@@ -74,6 +76,31 @@ def test_a_key_is_in_no_answer_and_no_line(guarded, upstream, logged):
     assert not [line for line in logged if key in line]
 
 
+def test_every_key_is_compared_in_constant_time_as_bytes(guarded, monkeypatch):
+    compared = []
+
+    def compare(one, other):
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    first, second = (key.encode() for key in KEYS.split(","))
+    guarded.get("/queue", headers={"X-API-Key": first.decode()})
+    assert compared == [(first, first), (first, second)]
+
+
+def test_a_key_is_in_no_row(guarded, tmp_path):
+    key = KEYS.split(",")[0]
+    headers = {"X-API-Key": key, "Idempotency-Key": "k"}
+    assert guarded.post("/generate", json={"prompt": "p"}, headers=headers).status_code == 202
+    dump = tmp_path / "dump.sqlite3"
+    connection = sqlite3.connect(f"file:{tmp_path}/tasks.sqlite3?mode=ro", uri=True)
+    connection.execute("VACUUM INTO ?", (str(dump),)).fetchall()
+    connection.close()
+    assert b"qwen-image" in dump.read_bytes()
+    assert key.encode() not in dump.read_bytes()
+
+
 # Other people's pages
 
 
@@ -141,6 +168,12 @@ def test_the_public_address_is_the_servers_own(serve):
     assert client.get("/queue", headers={"Host": "evil.example"}).status_code == 403
 
 
+@pytest.mark.parametrize("host", ["evilpictures.example", "pictures.example.evil.example"])
+def test_a_name_like_the_public_one_is_not_the_servers_own(serve, host):
+    client = serve(PUBLIC_URL="https://pictures.example")
+    assert client.get("/queue", headers={"Host": host}).status_code == 403
+
+
 @pytest.mark.parametrize("values", [{"API_KEYS": "k" * 20}, {"ALLOW_ANONYMOUS": 1}])
 def test_with_keys_or_on_purpose_any_name_will_do(serve, values):
     client = serve(**values)
@@ -176,6 +209,33 @@ def test_a_trusted_proxy_tells_who_asks_and_by_which_name(serve, logged):
     assert client.get("/queue", headers=rebound).status_code == 403
 
 
+def test_behind_two_proxies_the_second_last_is_believed(serve, logged):
+    client = serve(TRUSTED_PROXIES=2, PUBLIC_URL="https://pictures.example")
+    headers = {
+        "X-Forwarded-For": "forged, 192.0.2.7, 192.0.2.8",
+        "X-Forwarded-Proto": "http, https, http",
+        "X-Forwarded-Host": "evil.example, pictures.example, inner.example",
+        "Origin": "https://pictures.example",
+    }
+    assert client.get("/queue", headers=headers).status_code == 200
+    assert any("client=192.0.2.7" in line for line in logged)
+
+
+def test_a_rebound_page_cannot_say_that_a_proxy_has_another_name(serve):
+    client = serve(TRUSTED_PROXIES=1)
+    headers = {"Host": "evil.example", "X-Forwarded-Host": "localhost"}
+    assert client.get("/tasks", headers=headers).status_code == 403
+    headers["Host"] = "127.0.0.1:3000"
+    assert client.get("/tasks", headers=headers).status_code == 200
+
+
+def test_an_address_that_a_proxy_tells_cannot_forge_a_fact(serve, logged):
+    client = serve(TRUSTED_PROXIES=1)
+    client.get("/queue", headers={"X-Forwarded-For": '"a b" request_id=forged'})
+    (line,) = [line for line in logged if "GET /queue" in line]
+    assert r'client="\"a b\" request_id=forged" request_id=' in line
+
+
 # The id of a request
 
 
@@ -191,6 +251,14 @@ def test_a_request_id_is_made_where_there_is_no_plain_one(client, given):
     made = {client.get("/nowhere", headers=headers).headers["X-Request-ID"] for _ in range(2)}
     assert len(made) == 2
     assert all(str(uuid.UUID(one)) == one for one in made)
+
+
+def test_a_secret_is_not_taken_for_an_id(serve):
+    client = serve(API_KEYS=KEYS)
+    key = KEYS.split(",")[0]
+    headers = {"X-Request-ID": key, "X-API-Key": key}
+    assert key not in str(client.get("/queue", headers=headers).headers)
+    assert key not in client.get(f"/{key}", headers=headers).text
 
 
 def test_refusals_have_an_id_too(guarded):

@@ -47,7 +47,11 @@ def test_a_key_belongs_to_its_input_not_to_its_spelling(client):
 
 
 @pytest.mark.parametrize(
-    "other", [{"prompt": "q"}, {"width": 512}, {"priority": 1}, {"model": "x"}]
+    "other",
+    [
+        *({"prompt": "q"}, {"width": 512}, {"priority": 1}, {"model": "x"}),
+        *({"negative_prompt": "q"}, {"seed": 0}, {"guidance_scale": 8}, {"true_cfg_scale": 1}),
+    ],
 )
 def test_the_same_key_with_another_input_is_refused(client, other):
     post(client, "k")
@@ -76,6 +80,19 @@ def test_a_key_is_kept_for_a_day(database):
     assert add("second", 1_790_000_000.0 + 86399) == ["first"]
     assert add("third", 1_790_000_000.0 + 86400) == ["third"]
     assert add("fourth", 1_790_000_000.0 + 86401) == ["third"]
+
+
+def test_any_number_of_keys_can_be_used_again_the_next_day(database):
+    def add(name, now):
+        key = db.Key("", name.partition("-")[0], "f")
+        return database.add([NewTask(name, "p", "m", {})], now, None, key)
+
+    for n in range(600):
+        add(f"{n}-first", 1_790_000_000.0)
+    assert add("599-again", 1_790_000_000.0 + 86401) == ["599-again"]
+    assert add("599-once-more", 1_790_000_000.0 + 86402) == ["599-again"]
+    ((kept,),) = database._reader.execute("SELECT count(*) FROM idempotency").fetchall()
+    assert kept == 1
 
 
 def test_tasks_that_came_together_are_replayed_together(database):
@@ -114,6 +131,11 @@ def test_clients_with_keys_of_their_own_do_not_meet(serve):
         headers = {"Idempotency-Key": "k", "X-API-Key": key}
         ids.add(client.post("/generate", json={"prompt": "p"}, headers=headers).json["id"])
     assert len(ids) == 2
+
+
+@pytest.mark.parametrize("key", ["a key", " ! ~", "a" * 255])
+def test_any_printable_key_will_do(client, key):
+    assert post(client, key).json == post(client, key).json
 
 
 @pytest.mark.parametrize("key", ["", "a" * 256, "clé", "a\tb"])
@@ -232,6 +254,14 @@ def test_the_days_calls_are_limited_and_the_others_wait_for_the_next(make, upstr
     assert not steady(lambda: len(upstream.calls) > 2)
     clock.now += 1
     q.until(ids[2], status="completed")
+
+
+def test_the_day_begins_at_midnight_itself(make, upstream, clock):
+    clock.now = datetime(2026, 5, 28, tzinfo=UTC).timestamp()
+    q = make(clock=clock, MAX_PER_DAY=1).start()
+    q.until(q.add(), status="completed")
+    q.add()
+    assert not steady(lambda: len(upstream.calls) > 1)
 
 
 def test_the_days_limit_is_told_over_http(serve, upstream):

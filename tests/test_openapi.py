@@ -26,11 +26,17 @@ CASES = [
     if mode is GenerationMode.POSITIVE or operation["parameters"]
 ]
 # Every check is on. What a right request may be told beside the checks' own: a picture that
-# is under way is a 503 with Retry-After, one that failed a 409; a key's second request a 422.
+# is under way is a 503 with Retry-After, one that failed a 409, a part beyond its end a 416;
+# a key's second request is a 422.
+_OF_A_PICTURE = {
+    "not_a_server_error": ["2xx", "3xx", "4xx", "503"],
+    "positive_data_acceptance": ["2xx", "3xx", "404", "409", "416", "503"],
+}
 PROMISED = {
     "/generate": {"positive_data_acceptance": ["2xx", "422"]},
-    "/images/{id}": {"not_a_server_error": ["2xx", "3xx", "4xx", "503"]},
-    "/images/{id}/thumbnail": {"not_a_server_error": ["2xx", "3xx", "4xx", "503"]},
+    "/v1/images/generations": {"positive_data_acceptance": ["2xx", "422"]},
+    "/images/{id}": _OF_A_PICTURE,
+    "/images/{id}/thumbnail": _OF_A_PICTURE,
 }
 
 
@@ -91,3 +97,24 @@ def test_the_keys_are_in_the_document_where_there_are_any(serve):
     assert made["security"] == [{"bearer": []}, {"key": []}]
     assert made["paths"]["/healthz"]["get"]["security"] == []
     assert "a-key" not in str(made)
+
+
+def test_the_model_is_one_label_where_it_is_part_of_the_address(configure):
+    made = openapi.document(configure(CHUTES_API_URL="https://{model}.chutes.ai/generate"))
+    model = made["components"]["schemas"]["Generate"]["properties"]["model"]
+    assert re.fullmatch(model["pattern"], "a-model") and not re.fullmatch(model["pattern"], "a.b")
+
+
+def test_the_servers_public_address_is_in_the_document(serve):
+    made = serve(PUBLIC_URL="https://pictures.example").get("/openapi.json").json
+    assert made["servers"] == [{"url": "https://pictures.example"}]
+
+
+def test_the_headers_that_answers_promise_are_in_the_document(client):
+    paths = client.get("/openapi.json").json["paths"]
+    added = paths["/generate"]["post"]["responses"]
+    assert {"Location", "Idempotent-Replayed", "X-Request-ID"} <= set(added["202"]["headers"])
+    assert all("Retry-After" in added[code]["headers"] for code in ("429", "503", "507"))
+    assert "WWW-Authenticate" in added["401"]["headers"]
+    assert "Link" in paths["/tasks"]["get"]["responses"]["200"]["headers"]
+    assert "ETag" in paths["/images/{id}"]["get"]["responses"]["200"]["headers"]

@@ -69,6 +69,25 @@ def test_a_part_of_a_picture(client, made, asked, start, stop):
     assert answer.headers["Content-Range"] == f"bytes {start}-{last}/{len(data)}"
 
 
+@pytest.mark.parametrize(("asked", "of_the_end"), [("bytes=-7", 7), ("bytes=-99999999", None)])
+def test_the_end_of_a_picture(client, made, asked, of_the_end):
+    task, data = made
+    wanted = data[-of_the_end:] if of_the_end else data
+    for path, whole in (("", data), ("/thumbnail", None)):
+        answer = client.get(task["image"]["url"] + path, headers={"Range": asked})
+        assert answer.status_code == 206
+        if whole:
+            assert answer.data == wanted
+            start = len(data) - len(wanted)
+            told = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            assert answer.headers["Content-Range"] == told
+
+
+def test_the_last_no_bytes_are_no_part(client, made):
+    answer = client.get(made[0]["image"]["url"], headers={"Range": "bytes=-0"})
+    assert answer.status_code == 416
+
+
 def test_a_download_goes_on_only_in_the_same_picture(client, made):
     task, data = made
     headers = {"Range": "bytes=10-", "If-Range": f'"{task["image"]["sha256"]}"'}

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import TOKEN, wait_until
+from conftest import PROMPT, TOKEN, wait_until
 from PIL import Image
 from server import Server, alive, checkout, memory
 from upstream import Answer, closed_port, picture
@@ -504,19 +505,60 @@ def test_a_database_of_another_program_stops_the_start(tmp_path):
     assert (tmp_path / "server" / "tasks.sqlite3").read_text() == "something else " * 1000
 
 
-@pytest.mark.parametrize("where", ["option", "environment"])
-def test_gunicorns_own_way_beyond_loopback_is_refused_too(tmp_path, where):
-    bind = f"0.0.0.0:{closed_port()}"
-    options, environ = ["-b", bind], {}
-    if where == "environment":
-        options, environ = [], {"GUNICORN_CMD_ARGS": f"-b {bind}"}
-    ended = run(
-        tmp_path / "server", *("-m", "gunicorn"), *options, CHUTES_API_TOKEN=TOKEN, **environ
+@pytest.fixture
+def isolated():
+    """Return how to run a program in a network of its own, which nobody can reach."""
+    command = ["unshare", "--net"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make a network of its own")
+    return lambda *words: (
+        "-c",
+        f"import os; os.execvp('unshare', {[*command, sys.executable, *words]})",
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "host"),
+    [
+        (["-b", "0.0.0.0:8000"], {}, "0.0.0.0"),
+        ([], {"GUNICORN_CMD_ARGS": "-b 0.0.0.0:8000"}, "0.0.0.0"),
+        (["-b", "[::]:8000"], {}, "::"),
+        (["-b", "unix:socket", "-b", "0.0.0.0:8000"], {}, "0.0.0.0"),
+    ],
+)
+def test_gunicorns_own_way_beyond_loopback_is_refused_too(
+    tmp_path, isolated, options, environ, host
+):
+    command = isolated("-m", "gunicorn", *options)
+    ended = run(tmp_path / "server", *command, CHUTES_API_TOKEN=TOKEN, **environ)
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
-    assert "HOST=0.0.0.0" in last and "ALLOW_ANONYMOUS" in last
+    assert f"HOST={host}:" in last and "ALLOW_ANONYMOUS" in last
     assert "Booting worker" not in ended.stderr
+
+
+def test_gunicorn_without_its_settings_is_refused_beyond_loopback_too(tmp_path, isolated):
+    command = isolated("-m", "gunicorn", "-c", "/dev/null", "-b", "0.0.0.0:8000", "app:app")
+    ended = run(tmp_path / "server", *command, CHUTES_API_TOKEN=TOKEN)
+    assert ended.returncode != 0
+    assert "HOST=0.0.0.0: anyone who reaches this address" in ended.stderr
+
+
+def test_gunicorns_own_lines_tell_no_secret_and_no_prompt(start):
+    key = 'a+b/c=="\\of-the-review'
+    server = start(API_KEYS=key)
+    for text in (
+        f"GET /queue HTTP/1.1\r\nX-API-Key {key}\r\n\r\n",
+        f'{{"prompt":"{PROMPT.replace(" ", "_")}"}}\r\n\r\n',
+        f"GET /{urllib.parse.quote(key, safe='')} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(text.encode())
+            assert client.recv(10) == b"HTTP/1.1 4"
+    said = server.log()
+    assert said.count("Invalid request") == 2
+    assert "of-the-review" not in said
+    assert PROMPT.replace(" ", "_") not in said
 
 
 def test_clients_that_stall_are_given_up(tmp_path, upstream):
@@ -546,21 +588,18 @@ def test_clients_that_stall_are_given_up(tmp_path, upstream):
         server.close()
 
 
-def test_a_reload_without_keys_ends_a_server_that_listens_beyond_loopback(tmp_path, upstream):
-    # In a network of its own, which nobody else can reach.
-    network = ["unshare", "--net"]
-    if subprocess.run([*network, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not make a network of its own")
+def test_a_reload_without_keys_ends_a_server_that_listens_beyond_loopback(
+    tmp_path, upstream, isolated
+):
     folder = tmp_path / "server"
     folder.mkdir()
     (folder / ".env").write_text("API_KEYS=a-key\n")
-    command = [*network, sys.executable, "-m", "gunicorn", "-b", f"0.0.0.0:{closed_port()}"]
-    server = Server(folder, upstream.url, ("-c", f"import os; os.execvp('unshare', {command})"))
+    server = Server(folder, upstream.url, isolated("-m", "gunicorn", "-b", "0.0.0.0:8000"))
     try:
         wait_until(lambda: "Booting worker" in server.log(), what=server.log())
         (folder / ".env").write_text("")
         server.send(signal.SIGHUP)
-        assert server.process.wait(60) == 0
+        server.process.wait(60)
         assert "HOST=0.0.0.0: anyone who reaches this address" in server.log()
     finally:
         server.close()

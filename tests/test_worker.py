@@ -778,6 +778,10 @@ def test_the_first_thing_that_would_have_to_change_is_named(make, clock):
     said.append(reason(q, task, **facts))
     facts["ahead"] = 0
     said.append(reason(q, task, **facts))
+    low = waiting_for(task, Standing(0, 0, False, None, holds, soon), q.config, clock.now, True)
+    assert low == "less than 200 MB are free on the disk (MIN_FREE_MB)"
+    low = waiting_for(task, Standing(0, 0, True, None, holds, soon), q.config, clock.now, True)
+    assert low == "the queue is paused"
     at = datetime.fromtimestamp(soon, UTC)
     assert said == [
         "the queue is paused: Chutes refused the API token (401)",
