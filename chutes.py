@@ -31,6 +31,7 @@ MAX_RETRY_AFTER = 3600.0
 MAX_QUOTA_WAIT = 32 * 86400.0
 _CONNECT_SECONDS = 10.0
 _ERROR_BODY_SECONDS = 10.0
+_LATE_SECONDS = 5.0
 _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
 _DETAIL_LENGTH = 300
@@ -237,7 +238,8 @@ class Chutes:
             },
             stream=True,
             allow_redirects=False,
-            timeout=(min(_CONNECT_SECONDS, timeout), timeout),
+            # Longer than the deadline, which cuts the line: it knows why the read ended.
+            timeout=(min(_CONNECT_SECONDS, timeout), timeout + _LATE_SECONDS),
         )
 
     def _stream(self, response: requests.Response, file: Any, reply: Reply) -> None:
