@@ -1,13 +1,12 @@
 """Who may come in: the holders of a key, and no other site's pages."""
 
+import fcntl
 import hashlib
 import hmac
 import os
 import re
 import secrets
-import tempfile
 import uuid
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -29,9 +28,7 @@ class Signer:
 
     def __init__(self, database_path: Path):
         path = Path(f"{database_path}.secret")
-        if not path.exists():
-            _make_secret(path)
-        self._secret = path.read_bytes()
+        self._secret = _secret(path)
         if len(self._secret) != _SECRET_BYTES:
             raise ConfigError(
                 f"{path}: must hold {_SECRET_BYTES} bytes; remove it, and a new one is made, "
@@ -47,14 +44,18 @@ class Signer:
         return hmac.compare_digest(self.sign(task_id).encode(), _bytes(signature))
 
 
-def _make_secret(path: Path) -> None:
-    """Make the file whole or not at all; of two processes the first one's is kept."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as file:
-        file.write(secrets.token_bytes(_SECRET_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(file.name, path)
+def _secret(path: Path) -> bytes:
+    """Read the secret; make it where there is none, once, whoever else does the same."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+b") as file:
+        os.fchmod(file.fileno(), 0o600)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = file.read()
+        if not found:
+            found = secrets.token_bytes(_SECRET_BYTES)
+            file.write(found)
+            file.flush()
+            os.fsync(file.fileno())
+        return found
 
 
 def request_id(config: Config) -> str:
@@ -91,13 +92,12 @@ def check_page(config: Config) -> None:
         )
 
 
-def check_key(config: Config, signer: Signer) -> str:
+def check_key(config: Config) -> str:
     """Return a name for the holder of the key, which tells nothing of it.
 
-    Refuses with 401 a request without one of API_KEYS, where there are any, and without
-    the right signature of the image that it asks for.
+    Refuses with 401 a request without one of API_KEYS, where there are any.
     """
-    if not config.api_keys or _is_signed(signer):
+    if not config.api_keys:
         return ""
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     given = [request.headers.get("X-API-Key", "")]
@@ -118,7 +118,8 @@ def check_key(config: Config, signer: Signer) -> str:
     return hashlib.sha256(matches[0].encode()).hexdigest()[:16]
 
 
-def _is_signed(signer: Signer) -> bool:
+def is_signed(signer: Signer) -> bool:
+    """Tell whether the request is for an image, with the right signature."""
     if request.endpoint != "pictures.image" or request.method not in ("GET", "HEAD"):
         return False
     task_id = request.view_args["name"].partition(".")[0]

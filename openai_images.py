@@ -2,14 +2,15 @@
 
 import base64
 import logging
+import re
 import select
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http import HTTPStatus
-from typing import IO, Any
+from typing import IO
 
-from flask import Blueprint, Response, g, json, jsonify, request
+from flask import Blueprint, Response, abort, g, jsonify, request
 
 import schema
 from config import Config
@@ -23,23 +24,26 @@ _PREFIX = "/v1/"
 _CHUNK = 48 * 1024
 # A client that tells its own patience is answered so long before it ends, in seconds.
 _MARGIN = 2.0
+# The official client for JavaScript tells whole seconds: a patience of 0 is less than one.
+_LEAST_PATIENCE = 0.5
 # A wait looks as often, in seconds, whether its client is still there.
 _LOOK_SECONDS = 1.0
 _RETRY_SECONDS = 10
+# What makes no difference to the tasks, or is in their width and height.
+_NOT_OF_THE_TASKS = {"size", "response_format", "stream"}
 
-# What the failure of a task is called, by its error_code; any other is this server's.
+# What the failure of a task is, by its error_code; any other is that of a server behind this one.
 _FAILURES = {
     "upstream_rejected": (400, "invalid_request_error"),
     "upstream_payment": (429, "insufficient_quota"),
     "canceled": (409, "invalid_request_error"),
     "upstream_timeout": (504, "server_error"),
     "expired": (504, "server_error"),
-    "upstream_auth": (502, "server_error"),
-    "upstream_error": (502, "server_error"),
-    "upstream_truncated": (502, "server_error"),
-    "not_an_image": (502, "server_error"),
-    "image_too_large": (502, "server_error"),
+    "interrupted": (500, "server_error"),
+    "storage": (500, "server_error"),
+    "internal": (500, "server_error"),
 }
+_ANOTHER_FAILURE = (502, "server_error")
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -57,33 +61,21 @@ def blueprint(config: Config, database: Database, worker: Worker, signer: Signer
     @routes.post("/v1/images/generations")
     def generations() -> Response:
         try:
-            fields = schema.json_object(json_body())
-            wanted = schema.parse_generations(
-                fields, config.default_model, config.model_in_url, config.models
-            )
+            wanted = _wanted(config)
         except schema.Invalid as error:
-            return _refusal(400, str(error), param=error.field)
-        if schema.is_openai_model(fields, config.models):
-            log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": fields["model"]})
+            return _error(400, str(error), param=error.field)
+        base = _public_base(config) if wanted.response_format == "url" else None
         until = time.monotonic() + _patience(config)
-        with worker.waiters.place() as has_place:
-            if not has_place:
+        with ExitStack() as held:
+            has_place = held.enter_context(worker.waiters.place())
+            if worker.is_draining or not has_place:
                 return _no_place(worker)
-            new = [new_task(one) for one in wanted.each()]
-            ids = database.add(
-                new,
-                time.time(),
-                config.max_pending,
-                idempotency_key(f"images {wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS)}"),
-                lambda: check_disk(config),
-            )
-            g.stored = True
-            worker.wake()
+            ids, is_replay = _store(wanted)
             tasks = _wait(ids, until)
-        answer = _not_all_there(ids, tasks) or _pictures(
-            tasks, wanted.response_format or _default_format(fields)
-        )
-        if ids != [task.id for task in new]:
+            answer = _fault(ids, tasks) or _pictures(tasks, base)
+            # A slow reader keeps its place, as its thread does.
+            answer.call_on_close(held.pop_all().close)
+        if is_replay:
             answer.headers["Idempotent-Replayed"] = "true"
         return answer
 
@@ -97,44 +89,66 @@ def blueprint(config: Config, database: Database, worker: Worker, signer: Signer
 
     @routes.after_app_request
     def in_openai_form(response: Response) -> Response:
-        """Give every error below the prefix OpenAI's form, whoever made it."""
+        """Give every error below the prefix OpenAI's form, whoever made it.
+
+        Once tasks are stored it names them, and tells the client not to repeat the call.
+        """
         if not request.path.startswith(_PREFIX) or response.status_code < 400:
             return response
         told = response.get_json()
+        message = config.scrub(told["error"])
+        stored = g.get("stored", [])
+        if stored:
+            response.headers["X-Should-Retry"] = "false"
+            response.headers.pop("Retry-After", None)
+            if not all(task_id in message for task_id in stored):
+                message += f". The tasks of this call are stored, and go on: {', '.join(stored)}"
         status = HTTPStatus(response.status_code)
         error = {
-            "message": told["error"],
+            "message": message,
             "type": told.get("type") or _TYPES.get(status) or _type(status),
             "param": told.get("param"),
             "code": told.get("code") or status.phrase.lower().replace(" ", "_"),
         }
-        response.set_data(json.dumps({"error": error}) + "\n")
-        if g.get("stored"):
-            response.headers["X-Should-Retry"] = "false"
+        response.set_data(jsonify(error=error).get_data())
         return response
+
+    def _store(wanted: schema.Generations) -> tuple[list[str], bool]:
+        """Add the tasks; return their ids, and whether those of an earlier call are meant."""
+        new = [new_task(one) for one in wanted.each()]
+        ids = database.add(
+            new,
+            time.time(),
+            config.max_pending,
+            idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS)),
+            lambda: check_disk(config),
+        )
+        g.stored = ids
+        worker.wake()
+        return ids, ids != [task.id for task in new]
 
     def _wait(ids: list[str], until: float) -> list[Task | None]:
         """Return the tasks when all have ended, or one in vain, or the wait is over."""
+        may_go_on = True
         while True:
             tasks = [database.get(task_id) for task_id in ids]
             unended = [t.id for t in tasks if t and t.status in ("pending", "processing")]
             seconds = until - time.monotonic()
-            if not unended or any(map(_is_in_vain, tasks)) or seconds <= 0 or _client_is_gone():
+            if not unended or any(map(_is_in_vain, tasks)) or seconds <= 0 or not may_go_on:
                 return tasks
-            if not worker.waiters.wait_for_any(unended, min(seconds, _LOOK_SECONDS)):
-                return tasks
+            is_there = worker.waiters.wait_for_any(unended, min(seconds, _LOOK_SECONDS))
+            may_go_on = is_there and not _client_is_gone()
 
-    def _pictures(tasks: list[Task], form: str) -> Response:
+    def _pictures(tasks: list[Task], base: str | None) -> Response:
+        """Answer with the pictures, as addresses below the base; in base64 without one."""
         paths = [image_path(config, task) for task in tasks]
         with ExitStack() as opened:
             try:
                 files = [opened.enter_context(path.open("rb")) for path in paths]
             except OSError:
-                sentence = "The picture was made, but its file is no longer there"
-                return _refusal(410, f"{sentence}: {_told(tasks)}")
-            if form == "b64_json":
+                return _error(410, "The picture was made, but its file is no longer there")
+            if base is None:
                 return _in_base64(files, opened.pop_all())
-        base = config.public_url or request.host_url.rstrip("/")
         urls = [
             {"url": f"{base}/images/{path.name}?sig={signer.sign(task.id)}"}
             for task, path in zip(tasks, paths, strict=True)
@@ -144,27 +158,43 @@ def blueprint(config: Config, database: Database, worker: Worker, signer: Signer
     return routes
 
 
-_NOT_OF_THE_TASKS = {"size", "response_format", "stream"}
+def _wanted(config: Config) -> schema.Generations:
+    """Return what the request asks for, its response_format filled in, or raise Invalid."""
+    fields = schema.json_object(json_body())
+    asked = fields.get("model")
+    if schema.is_openai_model(asked, config.models):
+        log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
+    if fields.get("response_format") is None:
+        fields["response_format"] = "url" if str(asked).startswith("dall-e") else "b64_json"
+    return schema.parse_generations(
+        fields, config.default_model, config.model_in_url, config.models
+    )
+
+
+def _public_base(config: Config) -> str:
+    """Return the address of this server as its client knows it, or answer 400."""
+    host = request.headers.get("Host", "")
+    if config.public_url:
+        return config.public_url
+    if not re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host):
+        abort(400, "The Host of this request makes no address for a picture; set PUBLIC_URL")
+    return f"{request.scheme}://{host}"
 
 
 def _patience(config: Config) -> float:
     """Return the seconds to wait: OPENAI_WAIT, or less where the client says it waits less.
 
-    The official clients say so, the one for Python of a read, the one for JavaScript of all.
+    The official clients say so in a header, the first one for Python, the other for JavaScript.
     """
     for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
         try:
             theirs = float(request.headers.get(name, ""))
         except ValueError:
             continue
-        if theirs > 0:
+        if theirs >= 0:
+            theirs = max(theirs, _LEAST_PATIENCE)
             return min(config.openai_wait, theirs - min(_MARGIN, theirs / 2))
     return config.openai_wait
-
-
-def _default_format(fields: dict[str, Any]) -> str:
-    """Return what OpenAI answers with for such a model, where nothing else is asked for."""
-    return "url" if str(fields.get("model")).startswith("dall-e") else "b64_json"
 
 
 def _client_is_gone() -> bool:
@@ -183,9 +213,9 @@ def _is_in_vain(task: Task | None) -> bool:
 
 def _no_place(worker: Worker) -> Response:
     if worker.is_draining:
-        answer = _refusal(503, "The server is stopping; nothing was stored. Try again")
+        answer = _error(503, "The server is stopping; nothing was stored. Try again")
     else:
-        answer = _refusal(
+        answer = _error(
             429,
             "As many calls wait for their pictures as may (half of THREADS); nothing was "
             "stored. Try again in a few seconds, or use POST /generate, which does not wait",
@@ -194,29 +224,22 @@ def _no_place(worker: Worker) -> Response:
     return answer
 
 
-def _not_all_there(ids: list[str], tasks: list[Task | None]) -> Response | None:
-    """Return the error where a picture is missing, with the ids of the tasks, or None."""
+def _fault(ids: list[str], tasks: list[Task | None]) -> Response | None:
+    """Return the error where a picture is missing, or None."""
     for task_id, task in zip(ids, tasks, strict=True):
         if task is None:
-            return _refusal(409, f"The task {task_id} was deleted", code="deleted")
+            return _error(409, f"The task {task_id} was deleted", code="deleted")
         if task.status == "failed":
-            status, kind = _FAILURES.get(task.error_code, (500, "server_error"))
-            others = [other for other in ids if other != task_id]
-            more = f". The others of this call: {', '.join(others)}" if others else ""
-            message = f"The task {task_id} has failed: {task.error}{more}"
-            return _refusal(status, message, kind=kind, code=task.error_code)
+            status, kind = _FAILURES.get(task.error_code, _ANOTHER_FAILURE)
+            message = f"The task {task_id} has failed: {task.error}"
+            return _error(status, message, kind=kind, code=task.error_code)
     if all(task.status == "completed" for task in tasks):
         return None
-    return _refusal(
+    return _error(
         504,
-        "The pictures are not there yet, but the tasks go on; see GET /status/<id>, and fetch "
-        f"GET /images/<id>: {_told(tasks)}",
+        "The pictures are not there yet; look at GET /status/<id>, and fetch GET /images/<id>",
         code="timeout",
     )
-
-
-def _told(tasks: list[Task]) -> str:
-    return ", ".join(f"{task.id} ({task.status})" for task in tasks)
 
 
 def _in_base64(files: list[IO[bytes]], opened: ExitStack) -> Response:
@@ -245,13 +268,14 @@ def _type(status: int) -> str:
     return "server_error" if status >= 500 else "invalid_request_error"
 
 
-def _refusal(
+def _error(
     status: int,
     message: str,
     param: str | None = None,
     kind: str | None = None,
     code: str | None = None,
 ) -> Response:
+    """Answer with an error, which gets OpenAI's form as all others do."""
     answer = jsonify(error=message, param=param, type=kind, code=code)
     answer.status_code = status
     return answer

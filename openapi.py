@@ -404,7 +404,7 @@ def paths() -> dict[str, Any]:
             "post": _operation(
                 "generations",
                 "Make pictures, and wait for them, as OpenAI's API does",
-                _json(200, "The pictures", "Pictures"),
+                _replayable(_json(200, "The pictures", "Pictures")),
                 [_idempotency_key()],
                 (400, 409, 410, 413, 415, 422, 429, 500, 502, 504, 507),
                 body=("Generations", {"prompt": "a red fox", "size": "1024x768", "n": 2}),
@@ -462,6 +462,8 @@ def _operation(
     }
     for code, response in responses.items():
         told = {"X-Request-ID": "the client's own, or a new one", **_HEADERS.get(code, {})}
+        if error_model == "OpenAIError" and code not in answers:
+            told["X-Should-Retry"] = "false, once the tasks are stored"
         response["headers"] = {**_headers(told), **response.get("headers", {})}
     made = {
         "operationId": name,
@@ -502,6 +504,12 @@ def _headers(told: dict[str, str]) -> dict[str, Any]:
         name: {"description": description, "schema": {"type": "string"}}
         for name, description in told.items()
     }
+
+
+def _replayable(answers: dict[str, Any]) -> dict[str, Any]:
+    (answer,) = answers.values()
+    answer["headers"] = _headers({"Idempotent-Replayed": "true, where the key has come before"})
+    return answers
 
 
 def _page() -> dict[str, Any]:

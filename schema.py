@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -23,8 +23,8 @@ MAX_TEXT = 10_000
 _SHOWN_FAULTS = 3
 _EXAMPLE = 'send one such as {"prompt": "a red fox"}'
 # OpenAI's names for models, which no chute bears.
-OPENAI_MODEL = r"(gpt-image|dall-e)-[A-Za-z0-9._-]{0,80}"
-_SIDE = r"(12[89]|1[3-9]\d|[2-9]\d\d|1\d{3}|20[0-3]\d|204[0-8])"
+OPENAI_MODEL = r"((chat)?gpt-image|dall-e)(-[A-Za-z0-9._-]{0,80})?"
+_SIDE = "(12[89]|1[3-9][0-9]|[2-9][0-9][0-9]|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 _SIZE = rf"^((auto)?|{_SIDE}x{_SIDE})$"
 
 
@@ -128,6 +128,9 @@ class Generations(Generate):
         return [Generate.model_construct(**fields, seed=seed) for seed in seeds]
 
 
+_Kind = TypeVar("_Kind", bound=Generate)
+
+
 def parse_generate(
     body: bytes, default_model: str, model_in_url: bool, models: Sequence[str] = ()
 ) -> Generate:
@@ -143,7 +146,7 @@ def parse_generations(
     A width or height of its own counts more than `size`.
     """
     fields = dict(fields)
-    if fields.get("model") == "" or is_openai_model(fields, models):
+    if fields.get("model") == "" or is_openai_model(fields.get("model"), models):
         fields["model"] = None
     if isinstance(fields.get("size"), str) and re.fullmatch(_SIZE, fields["size"]):
         for name, side in zip(("width", "height"), fields["size"].split("x"), strict=False):
@@ -152,21 +155,20 @@ def parse_generations(
     return _validated(Generations, fields, default_model, model_in_url, models)
 
 
-def is_openai_model(fields: dict[str, Any], models: Sequence[str] = ()) -> bool:
+def is_openai_model(model: Any, models: Sequence[str] = ()) -> bool:
     """Tell whether the model is one of OpenAI's own, and none of `models`."""
-    model = fields.get("model")
     return (
         isinstance(model, str) and model not in models and bool(re.fullmatch(OPENAI_MODEL, model))
     )
 
 
 def _validated(
-    kind: type[Generate],
+    kind: type[_Kind],
     fields: dict[str, Any],
     default_model: str,
     model_in_url: bool,
     models: Sequence[str],
-) -> Any:
+) -> _Kind:
     if _is_blank(fields.get("prompt")):
         raise Invalid("Prompt is required", "prompt")
     if fields.get("model") is None:

@@ -61,6 +61,11 @@ class Waiters:
                 self._waiting.remove(waiter)
         return not self._released
 
+    @property
+    def are_there(self) -> bool:
+        """Tell whether anyone has a place."""
+        return bool(self._taken)
+
     def ended(self, task_id: str) -> None:
         """Wake those who wait for this task."""
         self._wake(lambda waited_for: waited_for == task_id)

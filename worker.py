@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import logging
+import math
 import os
 import random
 import shutil
@@ -126,18 +127,22 @@ class Worker:
 
     def _run(self) -> None:
         with _QueueLock(self._config.database_path) as lock:
+            until = math.inf
             while not lock.acquire():
                 if self._should_drain():
-                    self.waiters.release()
-                    return
+                    # What another process has under way may end in time for those who wait here.
+                    until = min(until, time.monotonic() + self._config.shutdown_grace)
+                    if not self.waiters.are_there or time.monotonic() >= until:
+                        self.waiters.release()
+                        return
                 self._stand_by()
             log.info("this process runs the queue")
             with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
                 self._insist(self._recover, self._should_drain)
                 while not self._should_drain():
                     self._turn(pool)
-                self.waiters.release()
                 self._finish()
+                self.waiters.release()
 
     def _should_drain(self) -> bool:
         if not self._draining and not self._wanted():

@@ -25,7 +25,11 @@ def checkout(folder):
     """Copy what gunicorn needs, so that no .env and no database of the user's is touched."""
     folder.mkdir(exist_ok=True)
     for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
+        shutil.copy2(file, folder)
+    # What is compiled need not be compiled again by each process of each test.
+    for name in ("__pycache__",):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     return folder
 
 

@@ -17,6 +17,8 @@ from PIL import Image
 from server import Server, memory
 from upstream import Answer, Upstream, closed_port, picture, refusal, serving
 
+import openai_images
+from db import DatabaseError
 from guard import Signer
 
 KEY = KEYS.split(",")[0]
@@ -66,7 +68,9 @@ def start(tmp_path):
 
         def make(**values):
             folder = tmp_path / "server"
-            made.append(Server(folder, upstream.url, RETRY_BACKOFF=0.05, **values))
+            made.append(
+                Server(folder, upstream.url, **{"RETRY_BACKOFF": 0.05, "WORKERS": 1, **values})
+            )
             made[-1].ready().running()
             return made[-1], upstream
 
@@ -135,6 +139,31 @@ def test_three_pictures_are_three_tasks(client, upstream):
     assert len(upstream.calls) == 3
 
 
+def test_the_pictures_come_in_the_order_of_their_seeds(client, upstream):
+    upstream.decide = lambda fields: Answer(body=picture(colour=COLOURS[fields["seed"]]))
+    for form in ("b64_json", "url"):
+        made = client.images.generate(
+            prompt=PROMPT, n=3, response_format=form, extra_body={"seed": 0}
+        )
+        found = [
+            base64.b64decode(one.b64_json) if one.b64_json else fetch(one.url)[1]
+            for one in made.data
+        ]
+        assert found == [picture(colour=colour) for colour in COLOURS]
+
+
+def test_the_length_is_told_before(shared):
+    server, _ = shared
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    body = json.dumps({"prompt": PROMPT, "n": 2})
+    connection.request("POST", "/v1/images/generations", body, {"X-API-Key": KEY})
+    answer = connection.getresponse()
+    assert answer.headers["Transfer-Encoding"] is None
+    length = int(answer.headers["Content-Length"])
+    assert len(answer.read()) == length
+    connection.close()
+
+
 def test_this_servers_own_fields_are_taken(client, upstream):
     given = {
         "seed": 4294967295,
@@ -180,7 +209,11 @@ def test_any_size_is_the_default_one(client, upstream, size):
 
 
 @pytest.mark.parametrize(
-    ("model", "form"), [("dall-e-3", "url"), ("dall-e-2", "url"), ("gpt-image-1.5", "b64_json")]
+    ("model", "form"),
+    [
+        *(("dall-e-3", "url"), ("dall-e-2", "url"), ("dall-e", "url")),
+        *(("gpt-image-1.5", "b64_json"), ("chatgpt-image-latest", "b64_json")),
+    ],
 )
 def test_openais_own_models_mean_the_default_one(client, shared, upstream, model, form):
     made = client.images.generate(model=model, prompt=PROMPT)
@@ -195,11 +228,21 @@ def test_without_a_model_the_default_one_is_meant(client, upstream):
     assert [call["model"] for call in upstream.calls] == ["qwen-image"] * 2
 
 
+def test_null_means_nothing_given(client, upstream):
+    nothing = dict.fromkeys(["n", "response_format", "user"])
+    own = dict.fromkeys(["stream", "width", "height", "seed", "priority"])
+    client.images.generate(prompt=PROMPT, size="512x768", **nothing, extra_body=own)
+    client.images.generate(prompt=PROMPT, extra_body={"stream": False})
+    first, second = upstream.calls
+    assert (first["width"], first["height"]) == (512, 768)
+    assert (second["width"], second["height"]) == (1024, 1024)
+
+
 def test_base64_of_large_pictures_needs_little_memory(start):
     noise = random.Random(7).randbytes(2000 * 2000 * 3)
     out = io.BytesIO()
     Image.frombytes("RGB", (2000, 2000), noise).save(out, "PNG", compress_level=0)
-    server, upstream = start(WORKERS=1)
+    server, upstream = start()
     upstream.decide = lambda fields: Answer(body=out.getvalue())
     with openai_client(server) as client:
         one = client.images.generate(prompt=PROMPT)
@@ -226,6 +269,9 @@ def test_a_signature_is_for_one_image_and_nothing_else(client, signed):
         assert fetch(f"{address}?sig={urllib.parse.quote(wrong)}")[0] == 401
     stem = address.removesuffix(".png")
     assert fetch(f"{stem}?sig={signature}")[0] == 200
+    head = urllib.request.Request(signed, method="HEAD")
+    with urllib.request.urlopen(head, timeout=30) as answer:
+        assert answer.status == 200
     root = address.partition("/images/")[0]
     task_id = stem.rpartition("/")[2]
     for path in (f"/images/{task_id}/thumbnail", f"/status/{task_id}", f"/tasks/{task_id}"):
@@ -240,6 +286,13 @@ def test_a_signature_lets_nobody_delete(service, signed):
     assert status == 401
 
 
+def test_a_page_of_another_site_may_show_a_signed_image_and_no_other(signed):
+    address = signed.partition("?")[0]
+    for url, status in ((signed, 200), (address, 403)):
+        request = urllib.request.Request(url, headers={"Sec-Fetch-Site": "cross-site"})
+        assert fetch(request)[0] == status
+
+
 def test_an_address_is_good_over_processes_and_restarts(start):
     server, _ = start(API_KEYS=KEYS)
     with openai_client(server) as client:
@@ -248,8 +301,10 @@ def test_an_address_is_good_over_processes_and_restarts(start):
     assert secret.stat().st_mode & 0o777 == 0o600
     assert [name for name in server.folder.iterdir() if "secret" in name.name] == [secret]
     server.stop()
+    secret.chmod(0o644)
     again, _ = start(API_KEYS=KEYS)
     assert fetch(url.replace(server.address, again.address)) == (200, picture())
+    assert secret.stat().st_mode & 0o777 == 0o600
 
 
 def test_processes_that_start_together_have_one_secret(tmp_path):
@@ -281,6 +336,31 @@ def test_the_address_is_the_public_one(start):
     assert url.startswith("https://pictures.example/images/")
 
 
+def test_the_address_is_as_a_trusted_proxy_tells_it(start):
+    server, _ = start(TRUSTED_PROXIES=1, API_KEYS=KEYS)
+    proxy = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pictures.example:8443"}
+    with openai_client(server) as client:
+        made = client.images.generate(prompt=PROMPT, response_format="url", extra_headers=proxy)
+    assert made.data[0].url.startswith("https://pictures.example:8443/images/")
+
+
+@pytest.mark.parametrize("host", ["image_proxy:3000", "[::1]:3000"])
+def test_the_address_is_by_the_name_that_was_used(client, host):
+    made = client.images.generate(
+        prompt=PROMPT, response_format="url", extra_headers={"Host": host}
+    )
+    assert made.data[0].url.startswith(f"http://{host}/images/")
+
+
+def test_a_name_that_makes_no_address_is_refused_before_it_costs(client, upstream):
+    with pytest.raises(openai.BadRequestError, match="set PUBLIC_URL") as error:
+        client.images.generate(
+            prompt=PROMPT, response_format="url", extra_headers={"Host": "user@evil"}
+        )
+    check_form(error.value, 400)
+    assert upstream.calls == []
+
+
 # Models
 
 
@@ -310,15 +390,33 @@ def test_the_models_are_those_that_are_allowed(start):
         client.images.generate(prompt=PROMPT, model="gpt-image-1")
 
 
+def test_a_model_that_is_allowed_by_name_is_itself(start):
+    server, upstream = start(MODELS="qwen-image,gpt-image-of-ours")
+    with openai_client(server) as client:
+        client.images.generate(prompt=PROMPT, model="gpt-image-of-ours")
+    assert upstream.calls[0]["model"] == "gpt-image-of-ours"
+
+
 # Errors, each as the class that the client raises
 
 
-def check_form(error, status):
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+
+def check_form(error, status, kind=None):
     assert error.status_code == status
     told = error.response.json()
+    assert error.response.text.endswith("}\n")
     assert set(told) == {"error"}
     assert set(told["error"]) == {"message", "type", "param", "code"}
-    assert told["error"]["message"] and told["error"]["type"] and told["error"]["code"]
+    assert told["error"]["message"] and told["error"]["code"]
+    usual = "server_error" if status >= 500 else "invalid_request_error"
+    assert told["error"]["type"] == (kind or TYPES.get(status, usual))
     assert error.request_id
 
 
@@ -331,10 +429,12 @@ def check_form(error, status):
         ({"size": "64x64"}, "size"),
         ({"size": "1024"}, "size"),
         ({"size": "1024x4096"}, "size"),
+        ({"size": "512x51\u0662"}, "size"),
         ({"response_format": "png"}, "response_format"),
         ({"extra_body": {"stream": True}}, "stream"),
         ({"extra_body": {"seed": -1}}, "seed"),
         ({"extra_body": {"width": "wide"}}, "width"),
+        ({"extra_body": {"height": 4096}}, "height"),
         ({"extra_body": {"priority": 101}}, "priority"),
         ({"extra_body": {"guidance_scale": 21}}, "guidance_scale"),
         ({"extra_body": {"num_inference_steps": 0}}, "num_inference_steps"),
@@ -354,6 +454,13 @@ def test_a_bad_request_names_its_field_and_stores_nothing(client, shared, fields
     assert error.value.type == "invalid_request_error"
     assert server.rows("SELECT count(*) FROM tasks") == before
     assert upstream.calls == []
+
+
+def test_a_key_is_in_no_error(client):
+    for field in ("size", "response_format", "n"):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.images.generate(prompt=PROMPT, **{field: KEY})
+        assert KEY not in error.value.response.text
 
 
 def test_a_wrong_key_is_an_authentication_error(shared):
@@ -428,29 +535,64 @@ FAILURES = [
     (refusal(500, "no"), openai.InternalServerError, 502, "upstream_error"),
     (Answer(body=b"not an image"), openai.InternalServerError, 502, "not_an_image"),
     (Answer(body=picture()[:-9]), openai.InternalServerError, 502, "upstream_truncated"),
+    (Answer(body=bytes(2**21)), openai.InternalServerError, 502, "image_too_large"),
 ]
 
 
 @pytest.mark.parametrize(("answer", "kind", "status", "code"), FAILURES)
 def test_a_failed_task_is_an_error_that_is_not_tried_again(start, answer, kind, status, code):
-    server, upstream = start(MAX_ATTEMPTS=2)
+    server, upstream = start(MAX_ATTEMPTS=2, MAX_IMAGE_MB=1)
     upstream.decide = lambda fields: answer
     with openai_client(server) as client, pytest.raises(kind) as error:
         client.images.generate(prompt=PROMPT)
-    check_form(error.value, status)
+    check_form(error.value, status, "insufficient_quota" if status == 429 else None)
     assert error.value.code == code
     assert error.value.response.headers["x-should-retry"] == "false"
-    tries = 2 if status == 502 and code != "upstream_auth" else 1
+    tries = 2 if code in ("upstream_error", "not_an_image", "upstream_truncated") else 1
     assert len(upstream.calls) == tries, "the client did not pay again"
     assert server.rows("SELECT count(*) FROM tasks") == [(1,)]
 
 
-def test_one_of_three_that_fails_is_an_error_with_all_ids(client, shared, upstream):
-    answers = iter([Answer(), refusal(400, "no"), Answer()])
-    upstream.decide = lambda fields: next(answers)
-    with pytest.raises(openai.BadRequestError) as error:
-        client.images.generate(prompt=PROMPT, n=3)
-    assert len(set(ids_in(error.value))) == 3
+def test_a_timeout_and_what_waited_too_long_are_timeouts(start):
+    server, upstream = start(TASK_TIMEOUT=1, MAX_ATTEMPTS=1, TASK_TTL=1, CONCURRENCY=1)
+    upstream.gate.clear()
+    with openai_client(server) as client, pytest.raises(openai.InternalServerError) as error:
+        client.images.generate(prompt=PROMPT)
+    check_form(error.value, 504)
+    assert error.value.code == "upstream_timeout"
+    server.request("POST", "/queue/pause")
+    with openai_client(server) as client, pytest.raises(openai.InternalServerError) as error:
+        client.images.generate(prompt=PROMPT)
+    check_form(error.value, 504)
+    assert error.value.code == "expired"
+
+
+def test_a_defect_of_the_server_is_its_own(serve, upstream, monkeypatch):
+    client = serve()
+    monkeypatch.setattr(client.application.extensions["decoder"], "keep", lambda *values: 1 / 0)
+    answer = client.post("/v1/images/generations", json={"prompt": "p"})
+    assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal")
+
+
+def test_one_of_three_that_fails_is_an_error_at_once_with_all_ids(client, upstream):
+    """The others may take long: they are not waited for, but named."""
+    others = threading.Event()
+
+    def decide(fields):
+        if fields["seed"] == 1:
+            return refusal(400, "no")
+        others.wait(60)
+        return Answer()
+
+    upstream.decide = decide
+    try:
+        with pytest.raises(openai.BadRequestError) as error:
+            client.images.generate(prompt=PROMPT, n=3, extra_body={"seed": 0})
+    finally:
+        others.set()
+    failed, *stored = ids_in(error.value)
+    assert len(stored) == len(set(stored)) == 3
+    assert failed == stored[1]
     assert error.value.code == "upstream_rejected"
 
 
@@ -475,7 +617,26 @@ def test_a_client_that_tells_its_patience_is_answered_before_it_ends(client, ups
     assert error.value.status_code == 504
 
 
-@pytest.mark.parametrize("told", ["nan", "-1", "0", "soon", "1e999"])
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 280),
+        ({"X-Stainless-Read-Timeout": "600"}, 280),
+        ({"X-Stainless-Read-Timeout": "60"}, 58),
+        ({"X-Stainless-Read-Timeout": "60.5", "X-Stainless-Timeout": "30"}, 58.5),
+        ({"X-Stainless-Timeout": "30"}, 28),
+        ({"X-Stainless-Read-Timeout": "3"}, 1.5),
+        ({"X-Stainless-Timeout": "0"}, 0.25),
+        ({"X-Stainless-Read-Timeout": "nan", "X-Stainless-Timeout": "30"}, 28),
+    ],
+)
+def test_the_shorter_patience_counts_less_a_margin(serve, headers, seconds):
+    client = serve()
+    with client.application.test_request_context(headers=headers):
+        assert openai_images._patience(client.application.extensions["worker"]._config) == seconds
+
+
+@pytest.mark.parametrize("told", ["nan", "-1", "", "soon", "1e999"])
 def test_a_patience_of_no_sense_is_no_patience(client, told):
     made = client.images.generate(prompt=PROMPT, extra_headers={"X-Stainless-Read-Timeout": told})
     assert made.data[0].b64_json
@@ -498,7 +659,7 @@ def test_a_client_that_hangs_up_cancels_nothing(shared):
 
 
 def test_a_client_that_hangs_up_frees_its_place(start):
-    server, upstream = start(THREADS=2, WORKERS=1)
+    server, upstream = start(THREADS=2)
     upstream.gate.clear()
     body = json.dumps({"prompt": PROMPT})
     gone = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -523,7 +684,7 @@ def test_nobody_there_is_a_connection_error():
 
 
 def test_calls_past_half_of_the_threads_are_refused_and_store_nothing(start):
-    server, upstream = start(THREADS=4, WORKERS=1)
+    server, upstream = start(THREADS=4)
     upstream.gate.clear()
     made = []
 
@@ -587,6 +748,52 @@ def test_a_defect_has_openais_form_and_is_not_tried_again(serve, monkeypatch):
     assert answer.status_code == 500
     assert set(answer.json["error"]) == {"message", "type", "param", "code"}
     assert answer.headers["X-Should-Retry"] == "false"
+    (task,) = client.get("/tasks").json["tasks"]
+    assert task["id"] in answer.json["error"]["message"]
+
+
+def test_a_database_that_fails_once_the_tasks_are_stored_names_them(serve, monkeypatch):
+    client = serve()
+    database = client.application.extensions["database"]
+    client.post("/queue/pause")
+
+    def fail(task_id):
+        raise DatabaseError("The database cannot be read: disk I/O error")
+
+    monkeypatch.setattr(database, "get", fail)
+    answer = client.post("/v1/images/generations", json={"prompt": "p", "n": 2})
+    assert answer.status_code == 503
+    assert answer.headers["X-Should-Retry"] == "false"
+    assert "Retry-After" not in answer.headers
+    ids = {task.id for task in database.newest(None, None, None, 9)}
+    assert len(ids) == 2
+    assert all(task_id in answer.json["error"]["message"] for task_id in ids)
+
+
+def test_slow_readers_keep_their_places(start):
+    data = picture() + bytes(20_000_000)
+    server, upstream = start(THREADS=4)
+    upstream.decide = lambda fields: Answer(body=data)
+    body = json.dumps({"prompt": PROMPT})
+    readers = []
+    for _ in range(2):
+        readers.append(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60))
+        readers[-1].request("POST", "/v1/images/generations", body)
+        readers[-1].getresponse().read(100)
+    with openai_client(server, max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError, match="half of THREADS"):
+            client.images.generate(prompt=PROMPT)
+        for reader in readers:
+            reader.close()
+        upstream.decide = lambda fields: Answer()
+        wait_until(lambda: _is_made(client))
+
+
+def _is_made(client):
+    try:
+        return client.images.generate(prompt=PROMPT)
+    except openai.RateLimitError:
+        return None
 
 
 def test_under_the_floor_of_the_disk_nothing_is_stored(serve):
@@ -631,10 +838,29 @@ def test_a_replay_waits_for_what_is_under_way(client, upstream):
     assert len(upstream.calls) == 1
 
 
-def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path):
+def test_a_replay_needs_no_room_in_the_queue_or_on_the_disk(serve):
+    client = serve(MAX_PENDING=1)
+    headers = {"Idempotency-Key": "k"}
+
+    def post(**fields):
+        body = {"prompt": "p", **fields}
+        return client.post("/v1/images/generations", json=body, headers=headers)
+
+    first = post()
+    client.post("/queue/pause")
+    submit(client)
+    assert post(size="auto", stream=False).json["data"] == first.json["data"]
+    client.application.extensions["worker"].stop()
+    client = serve(MIN_FREE_MB=10**9)
+    assert post().json["data"] == first.json["data"]
+    assert post(size="512x512").status_code == 422
+
+
+@pytest.mark.parametrize("form", ["b64_json", "url"])
+def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path, form):
     client = serve()
     headers = {"Idempotency-Key": "k"}
-    body = {"prompt": "p"}
+    body = {"prompt": "p", "response_format": form}
     assert client.post("/v1/images/generations", json=body, headers=headers).status_code == 200
     (file,) = (tmp_path / "outputs").glob("*.png")
     file.unlink()
@@ -652,6 +878,27 @@ def test_a_task_that_was_deleted_is_said_to_be(serve):
     client.delete(f"/tasks/{task_id}")
     answer = client.post("/v1/images/generations", json=body, headers=headers)
     assert (answer.status_code, answer.json["error"]["code"]) == (409, "deleted")
+
+
+def test_a_reload_lets_those_that_wait_have_their_pictures(start):
+    server, upstream = start()
+    upstream.gate.clear()
+    made = []
+
+    def call():
+        with openai_client(server) as client:
+            made.append(client.images.generate(prompt=PROMPT))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    wait_until(lambda: upstream.at_once == 1)
+    before = set(server.workers())
+    server.send(signal.SIGHUP)
+    wait_until(lambda: set(server.workers()) - before)
+    upstream.gate.set()
+    thread.join(30)
+    assert base64.b64decode(made[0].data[0].b64_json) == picture()
+    assert len(upstream.calls) == 1
 
 
 def test_a_server_that_stops_answers_those_that_wait(start):

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -368,24 +369,64 @@ def test_a_cancel_in_any_process_frees_the_upstream(start, upstream):
     assert [task["error_code"] for task in server.all_end(ids)] == ["canceled"] * 4
 
 
-def test_a_process_that_stops_lets_its_waiters_go(start, upstream):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_waits_has_the_grace_too(start, upstream, number):
     server = start(SHUTDOWN_GRACE=30)
     server.running()
     upstream.gate.clear()
     task_id = server.submit()
     wait_until(lambda: upstream.at_once == 1)
-    answers = []
-    waiter = threading.Thread(
-        target=lambda: answers.append(
-            server.request("GET", f"/images/{task_id}?wait=60", timeout=70)
-        )
-    )
-    waiter.start()
-    wait_until(lambda: len(established(server.port)) == 1)
+    before = set(server.workers())
+    waiters = all_wait(server, f"/status/{task_id}?wait=60", 6)
+    server.send(number)
+    wait_until(lambda: "Handling signal" in server.log())
+    if number == signal.SIGHUP:
+        wait_until(lambda: len(set(server.workers()) - before) == 2)
+    upstream.gate.set()
+    said = [answer.rpartition(b"\r\n")[2] for answer in answers(waiters)]
+    assert [json.loads(one)["status"] for one in said] == ["completed"] * 6
+    assert len(upstream.calls) == 1
+
+
+def test_who_waits_is_let_go_when_the_grace_is_over(start, upstream):
+    server = start(SHUTDOWN_GRACE=1)
+    server.running()
+    upstream.gate.clear()
+    task_id = server.submit()
+    wait_until(lambda: upstream.at_once == 1)
+    waiters = all_wait(server, f"/images/{task_id}?wait=60", 6)
     server.send(signal.SIGTERM)
-    waiter.join(20)
-    assert answers[0][0] == 503
-    assert server.process.poll() is None, "the call has its grace"
+    assert [answer[:12] for answer in answers(waiters)] == [b"HTTP/1.0 503"] * 6
+    assert server.process.wait(60) == 0
+
+
+def all_wait(server, path, count):
+    """Ask for the path on so many connections, and return them when the server has read it all."""
+    made = []
+    for _ in range(count):
+        made.append(socket.create_connection(("127.0.0.1", server.port), 60))
+        made[-1].sendall(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+
+    def are_read():
+        queues = [fields[4] for fields in established(server.port)]
+        return len(queues) == count and all(queue.endswith(":00000000") for queue in queues)
+
+    wait_until(are_read)
+    # What has come after them is answered, so that by now they wait.
+    for _ in range(20):
+        server.request("GET", "/queue")
+    return made
+
+
+def answers(connections):
+    """Read all to their ends, together: gunicorn waits two seconds for each to be closed."""
+
+    def read(connection):
+        with connection, connection.makefile("rb") as file:
+            return file.read()
+
+    with ThreadPoolExecutor(len(connections)) as pool:
+        return list(pool.map(read, connections))
 
 
 def established(port):
