@@ -1,5 +1,6 @@
 """How gunicorn serves the application: `gunicorn` in this folder needs nothing more."""
 
+import importlib
 import math
 import os
 import re
@@ -45,6 +46,12 @@ control_socket_disable = True
 # X-Forwarded-* is believed as TRUSTED_PROXIES says, and by nobody before that.
 forwarded_allow_ips = ""
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+# Libraries that hold nothing: loaded before the fork, the processes share their memory, and
+# start sooner. What is ours is not among them: a reload is to serve the code of then.
+for _library in ("flask", "PIL.Image", "prometheus_client", "pydantic", "requests"):
+    importlib.import_module(_library)
 
 
 class logger_class(glogging.Logger):
