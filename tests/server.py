@@ -27,7 +27,7 @@ def checkout(folder):
     for file in ROOT.glob("*.py"):
         shutil.copy2(file, folder)
     # What is compiled need not be compiled again by each process of each test.
-    for name in ("__pycache__",):
+    for name in ("static", "__pycache__"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     return folder

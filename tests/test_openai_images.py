@@ -30,7 +30,8 @@ def service(tmp_path_factory):
     """Yield a server with keys and its upstream, for the tests that need no others."""
     with serving(Upstream()) as upstream:
         folder = tmp_path_factory.mktemp("service") / "server"
-        server = Server(folder, upstream.url, API_KEYS=KEYS, RETRY_BACKOFF=0.05)
+        values = {"MAX_ATTEMPTS": 2, "MAX_IMAGE_MB": 1, "RETRY_BACKOFF": 0.05}
+        server = Server(folder, upstream.url, API_KEYS=KEYS, **values)
         try:
             server.ready().running()
             yield server, upstream
@@ -329,19 +330,21 @@ def test_a_secret_that_is_not_whole_stops_the_start(tmp_path):
         Signer(tmp_path / "database")
 
 
-def test_the_address_is_the_public_one(start):
-    server, _ = start(PUBLIC_URL="https://pictures.example")
-    with openai_client(server) as client:
-        url = client.images.generate(prompt=PROMPT, response_format="url").data[0].url
-    assert url.startswith("https://pictures.example/images/")
+BY_ADDRESS = {"prompt": "p", "response_format": "url"}
 
 
-def test_the_address_is_as_a_trusted_proxy_tells_it(start):
-    server, _ = start(TRUSTED_PROXIES=1, API_KEYS=KEYS)
-    proxy = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pictures.example:8443"}
-    with openai_client(server) as client:
-        made = client.images.generate(prompt=PROMPT, response_format="url", extra_headers=proxy)
-    assert made.data[0].url.startswith("https://pictures.example:8443/images/")
+def test_the_address_is_the_public_one(serve):
+    client = serve(PUBLIC_URL="https://pictures.example")
+    made = client.post("/v1/images/generations", json=BY_ADDRESS)
+    assert made.json["data"][0]["url"].startswith("https://pictures.example/images/")
+
+
+def test_the_address_is_as_a_trusted_proxy_tells_it(serve):
+    client = serve(TRUSTED_PROXIES=1, API_KEYS=KEYS)
+    headers = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pictures.example:8443"}
+    headers["X-API-Key"] = KEY
+    made = client.post("/v1/images/generations", json=BY_ADDRESS, headers=headers)
+    assert made.json["data"][0]["url"].startswith("https://pictures.example:8443/images/")
 
 
 @pytest.mark.parametrize("host", ["image_proxy:3000", "[::1]:3000"])
@@ -540,17 +543,25 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("answer", "kind", "status", "code"), FAILURES)
-def test_a_failed_task_is_an_error_that_is_not_tried_again(start, answer, kind, status, code):
-    server, upstream = start(MAX_ATTEMPTS=2, MAX_IMAGE_MB=1)
+def test_a_failed_task_is_an_error_that_is_not_tried_again(
+    client, shared, upstream, answer, kind, status, code
+):
+    before = shared[0].rows("SELECT count(*) FROM tasks")[0][0]
     upstream.decide = lambda fields: answer
-    with openai_client(server) as client, pytest.raises(kind) as error:
+    with pytest.raises(kind) as error:
         client.images.generate(prompt=PROMPT)
+    resume(shared[0])  # Some failures pause the queue.
     check_form(error.value, status, "insufficient_quota" if status == 429 else None)
     assert error.value.code == code
     assert error.value.response.headers["x-should-retry"] == "false"
     tries = 2 if code in ("upstream_error", "not_an_image", "upstream_truncated") else 1
     assert len(upstream.calls) == tries, "the client did not pay again"
-    assert server.rows("SELECT count(*) FROM tasks") == [(1,)]
+    assert shared[0].rows("SELECT count(*) FROM tasks") == [(before + 1,)]
+
+
+def resume(server):
+    request = urllib.request.Request(f"{server.address}/queue/resume", b"", {"X-API-Key": KEY})
+    urllib.request.urlopen(request, timeout=30).close()
 
 
 def test_a_timeout_and_what_waited_too_long_are_timeouts(start):
