@@ -27,6 +27,7 @@ import guard
 import logs
 import openai_images
 import openapi
+import page
 import pictures
 import tasks
 from chutes import Chutes
@@ -79,7 +80,8 @@ def create_app(config: Config) -> Flask:
         if request.path == "/healthz" or guard.is_signed(signer):
             return
         guard.check_page(config)
-        g.client = guard.check_key(config)
+        if request.blueprint != "page":
+            g.client = guard.check_key(config)
 
     @app.after_request
     def note(response: Response) -> Response:
@@ -129,6 +131,7 @@ def create_app(config: Config) -> Flask:
 
     app.register_blueprint(tasks.blueprint(config, database, worker))
     app.register_blueprint(openapi.blueprint(config))
+    app.register_blueprint(page.blueprint())
     app.register_blueprint(gauges.blueprint(config, database, worker))
     app.register_blueprint(pictures.blueprint(config, database, worker, decoder))
     app.register_blueprint(openai_images.blueprint(config, database, worker, signer))

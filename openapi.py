@@ -273,7 +273,8 @@ def document(config: Config) -> dict[str, Any]:
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
         made["security"] = [{"bearer": []}, {"key": []}]
-        made["paths"]["/healthz"]["get"]["security"] = []
+        for path in ("/healthz", "/", "/page.css", "/page.js"):
+            made["paths"][path]["get"]["security"] = []
     return made
 
 
@@ -436,6 +437,9 @@ def paths() -> dict[str, Any]:
                 {"200": {"description": "Text", "content": {"text/plain": {}}}},
             )
         },
+        "/": {"get": _operation("page", "Look at the page", _file("text/html"))},
+        "/page.css": {"get": _operation("stylesheet", "Read how it looks", _file("text/css"))},
+        "/page.js": {"get": _operation("script", "Read what it does", _file("text/javascript"))},
         "/openapi.json": {
             "get": _operation(
                 "openapi",
@@ -510,6 +514,14 @@ def _replayable(answers: dict[str, Any]) -> dict[str, Any]:
     (answer,) = answers.values()
     answer["headers"] = _headers({"Idempotent-Replayed": "true, where the key has come before"})
     return answers
+
+
+def _file(content_type: str) -> dict[str, Any]:
+    headers = _headers({"Content-Security-Policy": "nothing from another host", "ETag": ""})
+    return {
+        "200": {"description": "It", "content": {content_type: {}}, "headers": headers},
+        "304": {"description": "The client has it", "headers": headers},
+    }
 
 
 def _page() -> dict[str, Any]:

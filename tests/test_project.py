@@ -21,6 +21,7 @@ MAY_IMPORT = {
         "gauges",
         "guard",
         "openai_images",
+        "page",
         "openapi",
         "pictures",
         "tasks",
@@ -38,6 +39,7 @@ MAY_IMPORT = {
     "guard": {"config"},
     "openai_images": {"tasks", "worker", "guard", "schema", "db", "config"},
     "openapi": {"tasks", "schema", "config"},
+    "page": set(),
     "waiters": set(),
     "chutes": {"config"},
     "schema": {"config"},
@@ -49,7 +51,7 @@ MAY_IMPORT = {
 }
 # What only one module knows. The simulator is a program of its own.
 ONLY = {
-    "flask": {"app", "gauges", "guard", "openai_images", "openapi", "tasks", "pictures"},
+    "flask": {"app", "gauges", "guard", "openai_images", "openapi", "page", "tasks", "pictures"},
     "sqlite3": {"db"},
     "requests": {"chutes"},
     "urllib3": {"chutes"},

@@ -1,0 +1,41 @@
+"""The routes of the page: one HTML file, one stylesheet and one script, for everybody to see."""
+
+from pathlib import Path
+
+from flask import Blueprint, Response, send_file
+
+_FOLDER = Path(__file__).resolve().parent / "static"
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_HEADERS = {
+    # Nothing from another host, and nothing that is written into the page.
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
+    ),
+    "Cache-Control": "no-cache",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def blueprint() -> Blueprint:
+    """Build the routes; what the page shows it asks of the others."""
+    routes = Blueprint("page", __name__)
+    for path, (name, content_type) in _FILES.items():
+        routes.add_url_rule(path, name.replace(".", "_"), _sender(_FOLDER / name, content_type))
+    return routes
+
+
+def _sender(file: Path, content_type: str):
+    def send() -> Response:
+        response = send_file(file, content_type, conditional=True)
+        response.headers.update(_HEADERS)
+        return response
+
+    return send

@@ -1,0 +1,809 @@
+"""The page, in a real browser: what a person sees, hears and presses."""
+
+import re
+import shutil
+import threading
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from conftest import KEYS, PROMPT, finished, submit, wait_until
+from playwright.sync_api import expect, sync_playwright
+from upstream import Answer, picture, refusal
+from werkzeug.serving import make_server
+
+import images
+from db import Call, NewTask
+
+CHROMIUM = shutil.which("chromium")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium"
+)
+FILES = ["/", "/page.css", "/page.js"]
+KEY = KEYS.split(",")[0]
+
+
+# The files
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_files_need_no_key_and_let_nothing_in(serve, path):
+    client = serve(API_KEYS=KEYS)
+    answer = client.get(path)
+    assert answer.status_code == 200
+    policy = dict(
+        part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    again = client.get(path, headers={"If-None-Match": answer.headers["ETag"]})
+    assert (again.status_code, again.headers["Cache-Control"]) == (304, "no-cache")
+
+
+def test_the_files_are_typed(client):
+    types = [client.get(path).content_type for path in FILES]
+    assert types == [
+        *("text/html; charset=utf-8", "text/css; charset=utf-8", "text/javascript; charset=utf-8")
+    ]
+
+
+# The browser
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+class Site:
+    """The application, served on a socket; `client` reaches it without the browser."""
+
+    def __init__(self, client):
+        self.client = client
+        self.server = make_server("127.0.0.1", 0, client.application, threaded=True)
+        self.server.daemon_threads = True
+        self.address = f"http://127.0.0.1:{self.server.port}"
+        self.database = client.application.extensions["database"]
+
+
+@pytest.fixture
+def site(serve):
+    """Return a maker of sites, which run until the test ends."""
+    begun = []
+
+    def make(**values):
+        made = Site(serve(**{"RETRY_BACKOFF": 0.05, **values}))
+        thread = threading.Thread(target=made.server.serve_forever, args=(0.02,))
+        thread.start()
+        begun.append((made.server, thread))
+        return made
+
+    yield make
+    for server, thread in begun:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Return a function that opens the page of a site, and watch what it does there.
+
+    No page may write an error to the console, but for answers that the test expects
+    (`refusals`), or ask another host, or ask for two things at a time.
+    """
+    opened = []
+
+    def open_page(site, refusals=(), context=None, before=None, **options):
+        context = context or browser.new_context(**{"reduced_motion": "reduce", **options})
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        watch(page, site, refusals)
+        if before:
+            before(page)
+        page.goto(site.address)
+        opened.append((context, page))
+        return page
+
+    yield open_page
+    at_once = [page.evaluate("window.mostAtOnce") for _, page in opened]
+    for context, _ in opened:
+        context.close()
+    assert [page.faults for _, page in opened] == [[]] * len(opened)
+    assert at_once == [1] * len(opened)
+
+
+def watch(page, site, refusals):
+    page.faults, page.asked = [], []
+    page.add_init_script(COUNT_REQUESTS)
+
+    def note(message):
+        is_expected = any(f"a status of {code}" in message.text for code in refusals)
+        if message.type in ("error", "warning") and not is_expected:
+            page.faults.append(message.text)
+
+    def begin(request):
+        address = urlsplit(request.url)
+        if address.scheme not in ("blob", "data") and not request.url.startswith(site.address):
+            page.faults.append(f"another host is asked: {request.url}")
+        if request.resource_type == "fetch":
+            page.asked.append((request.method, address.path, address.query))
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.on("request", begin)
+
+
+# Counts the requests that are under way, pictures left out.
+COUNT_REQUESTS = """
+window.mostAtOnce = 0;
+let atOnce = 0;
+const ask = window.fetch;
+window.fetch = async (address, options) => {
+  if (String(address).startsWith("/images/")) return ask(address, options);
+  atOnce += 1;
+  window.mostAtOnce = Math.max(window.mostAtOnce, atOnce);
+  try {
+    return await ask(address, options);
+  } finally {
+    atOnce -= 1;
+  }
+};
+"""
+
+
+def look_again(page):
+    """Have the page look at once, as it does when its tab is seen again."""
+    page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def fill(page, **fields):
+    for name, text in fields.items():
+        page.locator(f"#{name}").fill(text)
+
+
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def make_one(site, prompt=PROMPT, **fields):
+    task_id = submit(site.client, prompt, **fields)
+    assert finished(site.client, task_id)["status"] == "completed"
+    return task_id
+
+
+def add_pictures(site, folder, count):
+    """Put so many finished pictures into the database, the last one the newest."""
+    folder.mkdir(exist_ok=True)
+    for n in range(count):
+        path = folder / f"many-{n}.png"
+        path.write_bytes(picture(size=(8, 8)))
+        site.database.add([NewTask(f"many-{n}", f"number {n}", "many", {"width": 8}, 100)], 1.8e9)
+        task = site.database.claim(1.8e9)
+        site.database.complete(task, Call("completed"), path, images.inspect(path), 1.8e9)
+
+
+pictures = "#pictures a"
+expect.set_options(timeout=15_000)
+
+
+# From a prompt to a picture
+
+
+@needs_chromium
+def test_a_prompt_becomes_a_picture(site, visit, upstream):
+    upstream.gate.clear()
+    there = site(CONCURRENCY=1)
+    page = visit(there)
+    expect(page.locator("#empty")).to_be_visible()
+    expect(page.locator("#model")).to_have_attribute("placeholder", "qwen-image")
+    expect(page.locator("#prompt")).to_be_focused()
+    fill(page, prompt="a first one", model="FLUX.1-dev")
+    page.locator("#size").select_option("1280x832")
+    press(page, "Make the picture")
+    running = page.locator("#unended li").nth(0)
+    expect(running).to_contain_text(re.compile(r"a first one\s*Running for \d+ s"))
+    fill(page, prompt="a second one", model="")
+    press(page, "Make the picture")
+    waiting = page.locator("#unended li").nth(1)
+    expect(waiting).to_contain_text("Waits at place 1: all 1 places are busy")
+    expect(page.locator("#facts")).to_contain_text("1 of 1 running")
+    expect(page.locator("#facts")).to_contain_text("1 waiting")
+    expect(page).to_have_title("(2) Image proxy")
+    upstream.gate.set()
+    expect(page.locator(pictures)).to_have_count(2)
+    alts = page.locator(f"{pictures} img").evaluate_all("all => all.map((one) => one.alt)")
+    assert alts == ["a second one", "a first one"]
+    for image in page.locator(f"{pictures} img").all():
+        expect(image).to_have_js_property("naturalWidth", 64)
+    expect(page.locator("#live")).to_contain_text("Picture ready: a second one")
+    expect(page.locator("#unended-part")).to_be_hidden()
+    first, second = upstream.calls
+    assert (first["model"], first["width"], first["height"]) == ("FLUX.1-dev", 1280, 832)
+    assert (second["model"], second["width"]) == ("qwen-image", 1280)
+
+
+@needs_chromium
+def test_the_time_that_a_task_runs_counts_up(site, visit, upstream):
+    upstream.gate.clear()
+    there = site()
+    submit(there.client)
+    page = visit(there)
+    state = page.locator("#unended .state")
+    expect(state).to_contain_text("Running for")
+
+    def seconds():
+        return int(re.search(r"\d+", state.inner_text())[0])
+
+    before = seconds()
+    wait_until(lambda: page.wait_for_timeout(50) or seconds() > before)
+
+
+@needs_chromium
+def test_a_fault_in_the_form_is_told_at_its_field(site, visit):
+    page = visit(site(), refusals=[400])
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text("Prompt is required")
+    expect(page.locator("#prompt")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#prompt")).to_be_focused()
+    page.locator("summary").click()
+    fill(page, prompt="p", seed="seven")
+    page.locator("summary").click()
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text(
+        'seed must be an integer from 0 to 4294967295, not "seven"'
+    )
+    expect(page.locator("#seed")).to_be_focused()
+    expect(page.locator("#seed")).to_have_attribute("aria-describedby", "make-error")
+    fill(page, seed="7")
+    page.locator("#size").select_option("")
+    fill(page, width="99999")
+    press(page, "Make the picture")
+    expect(page.locator("#width")).to_be_focused()
+    fill(page, width="640")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(page.locator("#make-error")).to_be_empty()
+    expect(page.locator("[aria-invalid]")).to_have_count(0)
+
+
+@needs_chromium
+def test_all_settings_are_sent(site, visit, upstream):
+    page = visit(site())
+    page.locator("summary").click()
+    given = {"seed": "7", "num_inference_steps": "12", "guidance_scale": "3.5"}
+    fill(page, prompt="p", negative_prompt="a dog", true_cfg_scale="2", priority="-5", **given)
+    page.locator("#size").select_option("")
+    fill(page, width="640", height="384")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    (call,) = upstream.calls
+    assert call == {
+        **{"model": "qwen-image", "prompt": "p", "negative_prompt": "a dog", "seed": 7},
+        **{"num_inference_steps": 12, "guidance_scale": 3.5, "true_cfg_scale": 2},
+        **{"width": 640, "height": 384},
+    }
+
+
+@needs_chromium
+def test_a_lost_answer_makes_no_second_picture(site, visit, upstream):
+    there = site()
+
+    def lose(route):
+        route.fetch()
+        route.abort()
+
+    page = visit(there)
+    page.route("**/generate", lose, times=1)
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_contain_text("is not made twice")
+    assert page.faults.pop() == "Failed to load resource: net::ERR_FAILED"
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_be_empty()
+    expect(page.locator(pictures)).to_have_count(1)
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    assert len(upstream.calls) == 2
+
+
+# Tasks that fail or are ended
+
+
+@needs_chromium
+def test_a_failure_is_shown_with_its_reason_and_can_be_retried(site, visit, upstream):
+    upstream.decide = lambda fields: refusal(400, "no such style")
+    there = site()
+    page = visit(there)
+    fill(page, prompt="a bad one")
+    press(page, "Make the picture")
+    failed = page.locator("#failed li")
+    expect(failed).to_contain_text("a bad one")
+    expect(failed).to_contain_text("Chutes refused the request (400): no such style")
+    expect(page.locator("#live")).to_contain_text("Failed: a bad one")
+    upstream.decide = lambda fields: Answer()
+    press(page, "Retry")
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(failed).to_contain_text("(It was retried.)")
+    expect(failed.get_by_role("button", name="Retry", exact=True)).to_be_hidden()
+    expect(page.locator("#retry-all")).to_be_hidden()
+
+
+@needs_chromium
+def test_all_that_failed_can_be_retried_at_once(site, visit, upstream):
+    upstream.decide = lambda fields: refusal(400, "no")
+    there = site()
+    for n in range(7):
+        finished(there.client, submit(there.client, f"bad {n}"))
+    page = visit(there)
+    expect(page.locator("#failed li")).to_have_count(5)
+    press(page, "Show more")
+    expect(page.locator("#failed li")).to_have_count(7)
+    upstream.decide = lambda fields: Answer()
+    press(page, "Retry all")
+    expect(page.locator(pictures)).to_have_count(7)
+    expect(page.locator("#retry-all")).to_be_hidden()
+
+
+@needs_chromium
+def test_a_running_task_is_canceled(site, visit, upstream):
+    upstream.gate.clear()
+    there = site()
+    submit(there.client, "to be canceled")
+    page = visit(there)
+    expect(page.locator("#unended")).to_contain_text("Running for")
+    page.locator("#unended").get_by_role("button", name="Cancel").click()
+    expect(page.locator("#failed")).to_contain_text("A client canceled the task")
+    expect(page.locator("#unended-part")).to_be_hidden()
+    assert upstream.cut == ["to be canceled"]
+    expect(page.locator("#make-title, #prompt, button, a").first).to_be_attached()
+
+
+@needs_chromium
+def test_a_failed_task_is_deleted_by_the_second_press_only(site, visit, upstream):
+    upstream.decide = lambda fields: refusal(400, "no")
+    there = site()
+    for prompt in ("older", "newer"):
+        finished(there.client, submit(there.client, prompt))
+    page = visit(there)
+    newer = page.locator("#failed li").nth(0)
+    newer.get_by_role("button", name="Delete").click()
+    expect(newer.get_by_role("button", name="Really delete?")).to_be_visible()
+    page.locator("#prompt").focus()
+    expect(newer.get_by_role("button", name="Delete", exact=True)).to_be_visible()
+    newer.get_by_role("button", name="Delete").click()
+    newer.get_by_role("button", name="Really delete?").click()
+    expect(page.locator("#failed li")).to_have_count(1)
+    expect(page.locator("#failed")).to_contain_text("older")
+    expect(page.locator("#failed li a")).to_be_focused()
+    assert len(there.client.get("/tasks").json["tasks"]) == 1
+
+
+# A picture, large
+
+
+@needs_chromium
+def test_a_picture_is_large_with_its_settings_and_calls(site, visit, upstream):
+    answers = iter([refusal(500, "no"), Answer(body=picture("JPEG", (300, 200)))])
+    upstream.decide = lambda fields: next(answers)
+    there = site()
+    task_id = make_one(there, seed=7, width=640)
+    page = visit(there)
+    page.locator(pictures).click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_be_visible()
+    expect(dialog.get_by_role("heading", name=PROMPT)).to_be_visible()
+    expect(page.locator("#settings")).to_contain_text("640 \u00d7 1024")
+    expect(page.locator("#settings")).to_contain_text("Seed")
+    calls = page.locator("#calls li")
+    expect(calls).to_have_count(2)
+    expect(calls.nth(0)).to_contain_text("upstream_error, HTTP 500")
+    expect(calls.nth(1)).to_contain_text("completed, HTTP 200")
+    expect(page.locator("#large-image")).to_have_js_property("naturalWidth", 300)
+    with page.expect_download() as download:
+        dialog.get_by_role("link", name="Download").click()
+    assert download.value.suggested_filename == f"{task_id}.jpg"
+    expect(page).to_have_url(f"{there.address}/#{task_id}")
+    press(page, "Close")
+    expect(dialog).to_be_hidden()
+    expect(page).to_have_url(f"{there.address}/")
+
+
+@needs_chromium
+def test_a_picture_is_opened_by_its_address(site, visit):
+    there = site()
+    task_id = make_one(there)
+    page = visit(there)
+    page.goto(f"{there.address}/#{task_id}")
+    page.reload()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    expect(page.locator("#large-prompt")).to_have_text(PROMPT)
+    page.go_back()
+    expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+@needs_chromium
+def test_settings_are_copied_back_into_the_form(site, visit, upstream):
+    there = site()
+    fields = {"negative_prompt": "a dog", "seed": 0, "guidance_scale": 3.5, "priority": -5}
+    make_one(there, "to be used again", width=1280, height=832, model="FLUX.1-dev", **fields)
+    page = visit(there)
+    page.locator(pictures).click()
+    expect(page.locator("#settings")).to_contain_text("FLUX.1-dev")
+    press(page, "Use again")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#size")).to_have_value("1280x832")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    first, second = upstream.calls
+    assert first == second
+    assert there.client.get("/tasks").json["tasks"][0]["priority"] == -5
+
+
+@needs_chromium
+def test_a_picture_is_made_again_and_deleted(site, visit, tmp_path):
+    there = site()
+    task_id = make_one(there)
+    page = visit(there)
+    page.locator(pictures).click()
+    press(page, "Make again")
+    expect(page.locator(pictures)).to_have_count(2)
+    press(page, "Delete")
+    press(page, "Really delete?")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator(pictures)).to_have_count(1)
+    assert there.client.get(f"/status/{task_id}").status_code == 404
+    assert not list((tmp_path / "outputs").glob(f"{task_id}.*"))
+
+
+@needs_chromium
+def test_a_picture_whose_file_is_gone_is_said_to_be(site, visit, tmp_path):
+    there = site()
+    make_one(there)
+    for file in (tmp_path / "outputs").glob("*.png"):
+        file.unlink()
+    page = visit(there, refusals=[410])
+    expect(page.locator(pictures)).to_contain_text(f"No longer there: {PROMPT}")
+    page.locator(pictures).click()
+    expect(page.locator("#large-fault")).to_contain_text("its file may be gone")
+
+
+@needs_chromium
+def test_all_is_done_with_the_keyboard(site, visit):
+    there = site()
+    for n in range(3):
+        make_one(there, prompt=f"number {n}")
+    page = visit(there)
+    expect(page.locator(pictures)).to_have_count(3)
+    page.keyboard.type("typed")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(pictures)).to_have_count(4)
+    page.locator(pictures).first.focus()
+    page.keyboard.press("Enter")
+    title = page.locator("#large-prompt")
+    expect(title).to_have_text("typed")
+    page.keyboard.press("ArrowRight")
+    expect(title).to_have_text("number 2")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    expect(title).to_have_text("number 0")
+    expect(page.locator("#next")).to_be_disabled()
+    page.keyboard.press("ArrowLeft")
+    expect(title).to_have_text("number 1")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    expect(page.locator(pictures).first).to_be_focused()
+
+
+# Hostile text, and many pictures
+
+
+@needs_chromium
+def test_a_prompt_is_text_and_never_html(site, visit, upstream):
+    prompt = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&amp;"
+    upstream.decide = lambda fields: refusal(400, prompt) if fields.get("seed") == 1 else Answer()
+    there = site()
+    finished(there.client, submit(there.client, prompt, seed=1))
+    upstream.gate.clear()
+    there.client.post("/queue/pause")
+    submit(there.client, prompt, seed=3)
+    page = visit(there)
+    expect(page.locator("#failed .prompt")).to_have_text(prompt)
+    expect(page.locator("#failed .state")).to_contain_text(prompt)
+    expect(page.locator("#unended .prompt")).to_have_text(prompt)
+    upstream.gate.set()
+    press(page, "Resume")
+    expect(page.locator(f"{pictures} img")).to_have_attribute("alt", prompt)
+    page.locator(pictures).click()
+    expect(page.locator("#large-prompt")).to_have_text(prompt)
+    assert page.evaluate("window.hacked") is None
+
+
+@needs_chromium
+def test_two_hundred_pictures_are_scrolled_through(site, visit, tmp_path):
+    there = site()
+    add_pictures(there, tmp_path / "outputs", 205)
+    page = visit(there)
+    expect(page.locator(pictures).first).to_be_visible()
+    assert page.locator(pictures).count() < 205, "more come as they are scrolled to"
+
+    def scrolled():
+        page.mouse.wheel(0, 4000)
+        page.wait_for_timeout(20)
+        return page.locator(pictures).count() == 205
+
+    page.mouse.move(800, 500)
+    wait_until(scrolled)
+    alts = page.locator(f"{pictures} img").evaluate_all("all => all.map((one) => one.alt)")
+    assert alts == [f"number {n}" for n in range(204, -1, -1)]
+    last = page.locator(f"{pictures} img").last
+    last.scroll_into_view_if_needed()
+    expect(last).to_have_js_property("naturalWidth", 8)
+    expect(page.locator("#end")).to_be_empty()
+
+
+@needs_chromium
+def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, upstream, tmp_path):
+    upstream.gate.clear()
+    there = site(CONCURRENCY=1)
+    submit(there.client, "the oldest")
+    wait_until(lambda: upstream.at_once == 1)
+    there.client.post("/queue/pause")
+    with there.database._write() as connection:
+        connection.execute("UPDATE queue SET paused = 0")
+        connection.execute("UPDATE tasks SET created_at = '2026-01-01 00:00:00'")
+    add_pictures(there, tmp_path / "outputs", 41)
+    page = visit(there)
+    expect(page.locator(pictures)).to_have_count(40)
+    page.locator("#end").scroll_into_view_if_needed()
+    expect(page.locator(pictures)).to_have_count(41)
+    upstream.gate.set()
+    expect(page.locator(pictures)).to_have_count(42)
+    expect(page.locator(f"{pictures} img").last).to_have_attribute("alt", "the oldest")
+
+
+# The queue
+
+
+@needs_chromium
+def test_the_queue_is_paused_and_resumed(site, visit, upstream):
+    there = site()
+    page = visit(there)
+    press(page, "Pause")
+    expect(page.locator("#notices")).to_have_text("Paused")
+    submit(there.client)
+    look_again(page)
+    expect(page.locator("#unended")).to_contain_text("the queue is paused")
+    press(page, "Resume")
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(page.locator("#notices")).to_be_empty()
+
+
+@needs_chromium
+def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, upstream):
+    upstream.decide = lambda fields: (
+        refusal(429, "later") if fields.get("seed") else refusal(401, "no")
+    )
+    there = site(RETRY_BACKOFF=60)
+    page = visit(there)
+    submit(there.client, model="busy", seed=1)
+    wait_until(lambda: there.client.get("/queue").json["held"])
+    look_again(page)
+    notices = page.locator("#notices")
+    expect(notices).to_contain_text("Held: Chutes has no free capacity for busy; next try at")
+    expect(page.locator("#unended")).to_contain_text("Chutes has no free capacity for busy")
+    finished(there.client, submit(there.client, seed=0))
+    expect(notices).to_contain_text("Paused: Chutes refused the API token (401)")
+    expect(page.locator("#live")).to_contain_text("Paused: Chutes refused the API token (401)")
+
+
+@needs_chromium
+def test_what_is_left_of_the_quota_is_told(site, visit, upstream):
+    quota = {"Total": "300", "Used": "12", "Remaining": "288"}
+    headers = {f"X-Chutes-Quota-{name}": value for name, value in quota.items()}
+    upstream.decide = lambda fields: Answer(headers=headers)
+    there = site()
+    make_one(there)
+    page = visit(there)
+    expect(page.locator("#facts")).to_contain_text("288 of 300 left at Chutes")
+    expect(page.locator("#facts")).to_contain_text("1 call today")
+
+
+@needs_chromium
+def test_a_server_that_is_away_is_told_and_found_again(site, visit):
+    there = site()
+    page = visit(there)
+    expect(page.locator("#facts")).to_contain_text("running")
+    page.route("**/queue", lambda route: route.abort())
+    look_again(page)
+    expect(page.locator("#notices")).to_contain_text("The server does not answer")
+    page.unroute("**/queue")
+    make_one(there)
+    look_again(page)
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(page.locator("#notices")).to_be_empty()
+    assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
+    page.faults.clear()
+
+
+@needs_chromium
+def test_a_tab_that_nobody_sees_asks_rarely(site, visit):
+    there = site()
+
+    def hide(page):
+        page.clock.install()
+        page.add_init_script(
+            "window.unseen = true;"
+            "Object.defineProperty(document, 'hidden', { get: () => window.unseen })"
+        )
+
+    page = visit(there, before=hide)
+    wait_until(lambda: page.wait_for_timeout(20) or len(page.asked) == 4)
+    asked = len(page.asked)
+    page.clock.run_for(59_000)
+    assert len(page.asked) == asked
+    page.clock.run_for(2_000)
+    wait_until(lambda: page.wait_for_timeout(20) or len(page.asked) > asked)
+    make_one(there)
+    page.evaluate("window.unseen = false; document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.locator(pictures)).to_have_count(1)
+
+
+@needs_chromium
+def test_the_page_waits_for_a_task_instead_of_asking_again_and_again(site, visit, upstream):
+    upstream.gate.clear()
+    there = site()
+    task_id = submit(there.client)
+    page = visit(there)
+    wait = ("GET", f"/status/{task_id}", "wait=2")
+    wait_until(lambda: page.wait_for_timeout(20) or page.asked.count(wait) == 2)
+    looks = page.asked.count(("GET", "/queue", ""))
+    assert looks <= 3
+    upstream.gate.set()
+    expect(page.locator(pictures)).to_have_count(1)
+
+
+# The key
+
+
+@needs_chromium
+def test_the_key_is_asked_for_once_and_kept_for_the_tab(site, visit, browser, upstream):
+    there = site(API_KEYS=KEYS)
+    there.client.environ_base["HTTP_X_API_KEY"] = KEY
+    make_one(there)
+    context = browser.new_context(reduced_motion="reduce")
+    page = visit(there, refusals=[401], context=context)
+    dialog = page.get_by_role("dialog", name="This server wants a key")
+    expect(dialog).to_be_visible()
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_visible()
+    fill(page, key="not a key")
+    press(page, "Open")
+    expect(page.locator("#ask-error")).to_contain_text("without spaces")
+    fill(page, key="wrong")
+    press(page, "Open")
+    expect(page.locator("#ask-error")).to_have_text("The server does not know this key.")
+    fill(page, key=KEY)
+    press(page, "Open")
+    expect(dialog).to_be_hidden()
+    image = page.locator(f"{pictures} img")
+    expect(image).to_have_attribute("src", re.compile("^blob:"))
+    expect(image).to_have_js_property("naturalWidth", 64)
+    page.locator(pictures).click()
+    expect(page.locator("#large-image")).to_have_attribute("src", re.compile("^blob:"))
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert download.value.path().read_bytes() == picture()
+    press(page, "Close")
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    page.reload()
+    expect(page.locator(pictures)).to_have_count(2)
+    expect(dialog).to_be_hidden()
+    another = visit(there, refusals=[401], context=context)
+    expect(another.get_by_role("dialog")).to_be_visible()
+
+
+# For everybody
+
+
+@contextmanager
+def all_states(site, upstream):
+    """Yield a site with a picture, a failure, and tasks that run, wait and are held."""
+    upstream.decide = lambda fields: {
+        "bad": refusal(400, "no such style"),
+        "held": refusal(429, "later"),
+    }.get(fields["prompt"], Answer())
+    there = site(CONCURRENCY=2, RETRY_BACKOFF=60)
+    for prompt in ("good", "better"):
+        make_one(there, prompt=prompt)
+    finished(there.client, submit(there.client, "bad"))
+    submit(there.client, "held", model="held")
+    wait_until(lambda: there.client.get("/queue").json["held"])
+    upstream.gate.clear()
+    for n in range(4):
+        submit(there.client, f"waits {n}")
+    yield there
+    upstream.gate.set()
+
+
+def check_axe(page):
+    results = Axe().run(
+        page,
+        options={
+            "runOnly": {
+                "type": "tag",
+                "values": [
+                    *("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice")
+                ],
+            }
+        },
+    )
+    assert results.response["passes"]
+    assert results.response["violations"] == [], results.generate_report()
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_axe_finds_nothing(site, visit, upstream, scheme, width):
+    look = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    with all_states(site, upstream) as there:
+        page = visit(there, refusals=[400], **look)
+        expect(page.locator(pictures)).to_have_count(2)
+        expect(page.locator("#failed li")).to_have_count(1)
+        expect(page.locator("#notices li")).to_have_count(1)
+        page.locator("summary").click()
+        press(page, "Make the picture")
+        expect(page.locator("#make-error")).not_to_be_empty()
+        check_axe(page)
+        overflow = "document.scrollingElement.scrollWidth - innerWidth"
+        assert page.evaluate(overflow) <= 0
+        page.locator(pictures).first.click()
+        expect(page.locator("#calls li")).to_have_count(1)
+        check_axe(page)
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_where_there_is_nothing_and_where_a_key_is_wanted(site, visit, scheme):
+    page = visit(site(), color_scheme=scheme)
+    expect(page.locator("#empty")).to_be_visible()
+    check_axe(page)
+    page = visit(site(API_KEYS=KEYS), refusals=[401], color_scheme=scheme)
+    expect(page.get_by_role("dialog")).to_be_visible()
+    check_axe(page)
+
+
+@needs_chromium
+def test_nothing_moves_where_that_is_not_wanted(site, visit, upstream):
+    upstream.gate.clear()
+    there = site()
+    submit(there.client)
+    for wanted, animation in (("reduce", "none"), ("no-preference", "run")):
+        page = visit(there, reduced_motion=wanted)
+        bar = page.locator(".running-bar")
+        expect(bar).to_be_attached()
+        assert bar.evaluate("bar => getComputedStyle(bar).animationName") == animation
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 390, 1400])
+def test_no_width_makes_the_page_scroll_sideways(site, visit, upstream, width):
+    with all_states(site, upstream) as there:
+        submit(there.client, "w" * 500)
+        page = visit(there, viewport={"width": width, "height": 700})
+        expect(page.locator(pictures)).to_have_count(2)
+        expect(page.locator("#unended")).to_contain_text("w" * 500)
+        assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
