@@ -1,11 +1,16 @@
 // The page: submit, watch and look, over the same JSON that every client has.
 
-const WAIT_SECONDS = 2; // The long poll on the task that runs longest.
+const WAIT_SECONDS = 5; // The long poll on the task that runs longest.
 const IDLE_MS = 4_000; // Between two looks while nothing is under way,
 const HIDDEN_MS = 60_000; // and in a tab that nobody sees.
 const AGAIN_MS = 3_000; // After a look that failed.
+const SOON_MS = 500; // While a task is about to start.
+const SILENCE_MS = 20_000; // After so long without an answer the server is taken to be away.
+const TWICE_MS = 1_000; // The same request again, so soon, is a slip of the finger.
+const STEP_MS = 200; // A picture that is passed by sooner is not asked about.
 const LATEST_MS = 15_000; // So often the ended tasks are looked at, whatever happens.
 const PENDING_SHOWN = 20;
+const NOTICES_SHOWN = 2;
 const FAILED_STEP = 5;
 const PICTURES_STEP = 40;
 const DOWNLOADS_AT_ONCE = 4;
@@ -48,10 +53,11 @@ function api(method, path, options = {}) {
 
 async function send(method, path, { body, headers = {}, signal } = {}) {
   for (;;) {
+    const silence = AbortSignal.timeout(SILENCE_MS);
     const answer = await fetch(path, {
       method,
       body,
-      signal,
+      signal: signal ? AbortSignal.any([signal, silence]) : silence,
       cache: "no-store",
       headers: {
         ...headers,
@@ -106,6 +112,8 @@ function askForKey() {
   $("ask-error").textContent = key ? "The server does not know this key." : "";
   $("ask").showModal();
   $("key").select();
+  // A browser lets a page keep a dialog open once, not always.
+  $("ask").onclose = () => $("ask").showModal();
   return new Promise((resolve) => {
     $("ask-form").onsubmit = (event) => {
       event.preventDefault();
@@ -121,6 +129,7 @@ function askForKey() {
         // Then it is asked for again after a reload.
       }
       $("key").value = "";
+      $("ask").onclose = null;
       $("ask").close();
       resolve();
     };
@@ -136,7 +145,11 @@ async function download(path) {
   if (downloads >= DOWNLOADS_AT_ONCE) await new Promise((go) => downloadsWaiting.push(go));
   downloads += 1;
   try {
-    const answer = await fetch(path, { headers: { "X-API-Key": key } });
+    let answer = await fetch(path, { headers: { "X-API-Key": key } });
+    if (answer.status === 401) {
+      await api("GET", "/queue"); // Which asks for the key.
+      answer = await fetch(path, { headers: { "X-API-Key": key } });
+    }
     if (!answer.ok) throw new Refusal(`The server answered ${answer.status}`, answer.status);
     return URL.createObjectURL(await answer.blob());
   } finally {
@@ -161,7 +174,7 @@ async function show(image, path) {
     image.dataset.path = path;
     image.src = address;
   } catch {
-    image.dispatchEvent(new Event("error"));
+    if (image.dataset.path === path) image.dispatchEvent(new Event("error"));
   }
 }
 
@@ -208,11 +221,14 @@ async function watch() {
     poked = false;
     try {
       await look();
-      isAway(false);
+      if (wasAway) {
+        isAway(false);
+        render();
+      }
       await pauseAfterLook();
     } catch (error) {
       console.debug(error);
-      isAway(true);
+      isAway(true, error);
       await sleep(AGAIN_MS);
     }
   }
@@ -221,7 +237,9 @@ async function watch() {
 async function pauseAfterLook() {
   if (document.hidden) return sleep(HIDDEN_MS);
   const [task] = known.unended;
-  if (!task) return sleep(IDLE_MS);
+  const isStarting = task?.waiting_for?.startsWith("it is about to start");
+  if (isStarting) return sleep(SOON_MS);
+  if (task?.status !== "processing") return sleep(IDLE_MS);
   const began = performance.now();
   const seen = poked ? null : await waitFor(task);
   // The server answers at once where too many wait; then this page must not ask at once, too.
@@ -262,8 +280,8 @@ async function listed(status, limit) {
 async function lookAtEnded(before) {
   const page = await api("GET", `/tasks?status=completed&limit=${PICTURES_STEP}`);
   const failed = await listed("failed", known.failedShown + 1);
-  const last = page.tasks.at(-1);
-  const at = known.pictures.findIndex((task) => task.id === last?.id);
+  const onPage = new Set(page.tasks.map((task) => task.id));
+  const at = known.pictures.findLastIndex((task) => onPage.has(task.id));
   if (page.next && at >= 0) {
     known.pictures = [...page.tasks, ...known.pictures.slice(at + 1)];
   } else {
@@ -331,27 +349,35 @@ function make(tag, properties = {}, ...children) {
 
 function button(label, act, className = "small") {
   const made = make("button", { type: "button", className, textContent: label });
-  made.addEventListener("click", () => act(made));
+  if (act) made.addEventListener("click", () => act(made));
   return made;
+}
+
+// The prompt of a task in a list, and what its buttons are about.
+function named(row, prompt, task) {
+  prompt.id = `prompt-${task.id}`;
+  prompt.dir = "auto";
+  for (const one of row.children) one.setAttribute("aria-describedby", prompt.id);
 }
 
 // Deleting takes a second press, within a few seconds.
 function askTwice(element, act) {
   const label = element.textContent;
-  const calm = () => {
-    clearTimeout(element.timer);
-    delete element.dataset.armed;
+  let timer = null;
+  element.calm = () => {
+    clearTimeout(timer);
+    timer = null;
     element.textContent = label;
   };
-  element.addEventListener("blur", calm);
-  element.addEventListener("click", () => {
-    if (!element.dataset.armed) {
-      element.dataset.armed = "true";
+  element.addEventListener("blur", element.calm);
+  element.addEventListener("click", (event) => {
+    if (event.detail > 1) return; // The second half of a double click.
+    if (timer === null) {
       element.textContent = "Really delete?";
-      element.timer = setTimeout(calm, 5000);
+      timer = setTimeout(element.calm, 5000);
       return;
     }
-    calm();
+    element.calm();
     act();
   });
   return element;
@@ -388,17 +414,19 @@ function remove(item, heading) {
     letGo(image);
   }
   item.remove();
-  if (hadFocus) (neighbour?.querySelector("button, a") ?? heading).focus();
+  if (hadFocus) (neighbour?.querySelector("a") ?? heading).focus();
 }
 
 function render() {
   renderQueue();
-  sync($("unended"), known.unended, createUnended, updateUnended, $("make-title"));
+  const isLast = known.unended.length ? $("unended-title") : $("make-title");
+  sync($("unended"), known.unended, createUnended, updateUnended, isLast);
   const more = known.queue.pending - known.unended.filter((t) => t.status === "pending").length;
-  $("unended-more").textContent = more > 0 ? `and ${more.toLocaleString()} more that wait` : "";
+  $("unended-more").textContent =
+    more > 0 ? `${more.toLocaleString()} more wait, before the last ones, which are shown here` : "";
   $("unended-part").hidden = !known.unended.length;
   const failed = known.failed.slice(0, known.failedShown);
-  sync($("failed"), failed, createFailed, updateFailed, $("failed-title"));
+  sync($("failed"), failed, createFailed, updateFailed, $("make-title"));
   $("failed-part").hidden = !failed.length;
   $("failed-more").hidden = known.failed.length <= known.failedShown;
   $("retry-all").hidden = !known.failed.some((task) => !task.retried_as);
@@ -429,9 +457,11 @@ function renderQueue() {
   );
   $("pause").textContent = queue.paused ? "Resume" : "Pause";
   $("pause").hidden = false;
-  const notices = queue.held.map(
-    ({ reason, until }) => `Held: ${reason}; next try at ${when(until)}`,
-  );
+  const notices = queue.held
+    .slice(0, NOTICES_SHOWN)
+    .map(({ reason, until }) => `Held: ${reason}; next try at ${when(until)}`);
+  const more = queue.held.length - notices.length;
+  if (more > 0) notices.push(`${more} more held`);
   if (queue.paused) notices.unshift(`Paused${queue.pause_reason ? `: ${queue.pause_reason}` : ""}`);
   renderNotices(notices, queue.pause_reason ? "bad" : "");
 }
@@ -445,30 +475,28 @@ function renderNotices(notices, className = "") {
   for (const text of notices.filter((text) => !before.includes(text))) say(text);
 }
 
-function isAway(away) {
-  document.body.classList.toggle("away", away);
-  if (away) renderNotices(["The server does not answer; trying again…"], "bad");
+let wasAway = false;
+
+function isAway(away, error) {
+  const what = error?.status ? error.message : "The server does not answer";
+  if (away) renderNotices([`${what}; trying again…`], "bad");
+  // What could not be shown meanwhile may be there.
+  else if (wasAway) for (const link of $("pictures").querySelectorAll(".gone")) link.parentNode.remove();
+  wasAway = away;
 }
 
 function createUnended(task) {
-  return make(
-    "li",
-    {},
-    make("p", { className: "prompt", textContent: task.prompt }),
-    make("p", { className: "state" }),
-    make(
-      "div",
-      { className: "row" },
-      button("Cancel", () => act($("make-error"), "POST", `/tasks/${task.id}/cancel`)),
-    ),
-  );
+  const cancel = () => act($("unended-error"), "POST", `/tasks/${task.id}/cancel`);
+  const prompt = make("p", { className: "prompt", textContent: task.prompt });
+  const row = make("div", { className: "row" }, button("Cancel", cancel));
+  named(row, prompt, task);
+  return make("li", {}, prompt, make("p", { className: "state" }), row);
 }
 
 function updateUnended(item, task) {
   const state = item.querySelector(".state");
   const isRunning = task.status === "processing";
-  state.classList.toggle("running", isRunning);
-  item.querySelector(".running-bar")?.remove();
+  item.classList.toggle("running", isRunning);
   delete item.dataset.started;
   if (!isRunning) {
     const place = task.queue_position ? `Waits at place ${task.queue_position}` : "Waits";
@@ -476,7 +504,6 @@ function updateUnended(item, task) {
     return;
   }
   item.dataset.started = task.started_at;
-  item.append(make("div", { className: "running-bar" }));
   tick(item);
 }
 
@@ -487,20 +514,21 @@ function tick(item) {
 
 function createFailed(task) {
   const path = `/tasks/${task.id}`;
+  const retry = async (pressed) => {
+    pressed.disabled = true; // A second press would pay for a second picture.
+    pressed.disabled = Boolean(await act($("failed-error"), "POST", `${path}/retry`));
+  };
+  const remove = () => act($("failed-error"), "DELETE", path);
   const row = make(
     "div",
     { className: "row" },
-    button("Retry", () => act($("make-error"), "POST", `${path}/retry`), "small retry"),
+    button("Retry", retry, "small retry"),
     button("Use again", () => useAgain(task)),
-    askTwice(button("Delete", () => {}, "small danger"), () => act($("make-error"), "DELETE", path)),
+    askTwice(button("Delete", null, "small danger"), remove),
   );
-  return make(
-    "li",
-    {},
-    make("a", { className: "prompt", textContent: task.prompt, href: `#${task.id}` }),
-    make("p", { className: "state failed" }),
-    row,
-  );
+  const prompt = make("a", { className: "prompt", textContent: task.prompt, href: `#${task.id}` });
+  named(row, prompt, task);
+  return make("li", {}, prompt, make("p", { className: "state failed" }), row);
 }
 
 function updateFailed(item, task) {
@@ -510,11 +538,11 @@ function updateFailed(item, task) {
 }
 
 function createPicture(task) {
-  const image = make("img", { alt: task.prompt, loading: "lazy", decoding: "async" });
+  const image = make("img", { alt: task.prompt, decoding: "async" });
   const link = make("a", { href: `#${task.id}` }, image);
   image.addEventListener("error", () => {
     link.classList.add("gone");
-    link.replaceChildren(`No longer there: ${task.prompt.slice(0, 80)}`);
+    link.replaceChildren(`Cannot be shown: ${task.prompt.slice(0, 80)}`);
   });
   image.dataset.thumbnail = `${task.image.url}/thumbnail`;
   nearby.observe(image);
@@ -544,6 +572,8 @@ async function act(fault, method, path) {
     poke();
     return told ?? true;
   } catch (error) {
+    poke();
+    if (method === "DELETE" && error.status === 404) return true; // Someone else was quicker.
     fault.textContent = error.status ? error.message : "The server does not answer; try again.";
     return null;
   }
@@ -551,11 +581,13 @@ async function act(fault, method, path) {
 
 let lost = null; // A request whose answer was lost: it is sent again under the same key.
 let isSending = false;
+let sent = { body: "", at: -TWICE_MS };
 
 async function submit(event) {
   event.preventDefault();
-  if (isSending) return;
   const body = JSON.stringify(formFields());
+  const isSlip = body === sent.body && performance.now() - sent.at < TWICE_MS;
+  if (isSending || isSlip) return;
   lost = lost?.body === body ? lost : { body, key: randomKey() };
   isSending = true;
   showFault("");
@@ -563,10 +595,13 @@ async function submit(event) {
     const headers = { "Idempotency-Key": lost.key };
     awaited.add((await api("POST", "/generate", { body, headers })).id);
     lost = null;
+    sent = { body, at: performance.now() };
     known.lastMark = "";
+    $("make-note").textContent = "It is in the queue.";
     say("The picture is in the queue");
   } catch (error) {
-    if (error.status && error.status < 500) lost = null;
+    // Refused for good; after anything else the task may be there.
+    if (error.status >= 400 && error.status < 500) lost = null;
     showFault(
       error.status
         ? error.message
@@ -588,7 +623,7 @@ const NUMBERS = ["seed", "num_inference_steps", "guidance_scale", "true_cfg_scal
 
 // A number as it was typed, where it is none: the server's refusal names the field and the rule.
 function number(text) {
-  return Number.isFinite(Number(text)) ? Number(text) : text;
+  return /^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?$/i.test(text) ? Number(text) : text;
 }
 
 function formFields() {
@@ -608,6 +643,7 @@ function formFields() {
 // Show what is wrong, at the field that the server's sentence begins with.
 function showFault(sentence) {
   $("make-error").textContent = sentence;
+  $("make-note").textContent = "";
   for (const field of $("make").querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
     field.removeAttribute("aria-describedby");
@@ -633,6 +669,7 @@ function useAgain(task) {
   if ($("size").selectedIndex < 0) $("size").value = "";
   chooseSize();
   showFault("");
+  $("more").open ||= [...$("more").querySelectorAll("input, textarea")].some((one) => one.value);
   $("make").scrollIntoView({ block: "center" });
   $("prompt").focus();
 }
@@ -654,8 +691,13 @@ function openHash() {
 async function open(id) {
   const task = [...known.pictures, ...known.failed].find((one) => one.id === id);
   opened = { id, task: null };
+  $("delete").calm();
+  $("again").disabled = false;
+  $("large-note").textContent = "";
   renderLarge(task ?? { id, prompt: "…" }, []);
   if (!$("large").open) $("large").showModal();
+  await new Promise((go) => setTimeout(go, STEP_MS));
+  if (opened?.id !== id) return;
   try {
     const whole = await api("GET", `/tasks/${id}`);
     if (opened?.id === id) renderLarge(whole, whole.calls);
@@ -674,7 +716,7 @@ function renderLarge(task, calls) {
   $("previous").disabled = at < 1;
   $("next").disabled = at < 0 || at + 1 >= known.pictures.length;
   if (document.activeElement?.disabled) $("large-prompt").focus();
-  for (const id of ["use", "again", "delete"]) $(id).disabled = !task.status;
+  for (const id of ["use", "delete"]) $(id).disabled = !task.status;
   $("settings").replaceChildren(
     ...Object.entries(settingsOf(task)).flatMap(([name, value]) => [
       make("dt", { textContent: name }),
@@ -723,7 +765,7 @@ function settingsOf(task) {
 function toldOf(call) {
   const told = [`${when(call.started)}: ${call.outcome ?? "under way"}`];
   if (call.http_status) told.push(`HTTP ${call.http_status}`);
-  if (call.seconds != null) told.push(lasting(call.seconds));
+  if (call.seconds != null) told.push(`${call.seconds.toFixed(1)} s`);
   return told.join(", ");
 }
 
@@ -737,6 +779,7 @@ function step(by) {
 }
 
 function closed() {
+  $("pictures").querySelector(`[href="#${opened?.id}"]`)?.focus();
   opened = null;
   letGo($("large-image"));
   if (location.hash) history.replaceState(null, "", location.pathname);
@@ -747,7 +790,7 @@ async function deleteOpened() {
   if (!(await act($("large-error"), "DELETE", `/tasks/${id}`))) return;
   known.pictures = known.pictures.filter((task) => task.id !== id);
   known.failed = known.failed.filter((task) => task.id !== id);
-  $("large").close();
+  if (opened?.id === id) $("large").close();
   render();
   say("Deleted");
 }
@@ -760,9 +803,9 @@ $("prompt").addEventListener("keydown", (event) => {
 });
 $("size").addEventListener("change", chooseSize);
 $("pause").addEventListener("click", () => {
-  act($("make-error"), "POST", known.queue.paused ? "/queue/resume" : "/queue/pause");
+  act($("queue-error"), "POST", known.queue.paused ? "/queue/resume" : "/queue/pause");
 });
-$("retry-all").addEventListener("click", () => act($("make-error"), "POST", "/tasks/retry"));
+$("retry-all").addEventListener("click", () => act($("failed-error"), "POST", "/tasks/retry"));
 $("failed-more").addEventListener("click", () => {
   known.failedShown = Math.min(known.failedShown + FAILED_STEP, 199);
   known.lastMark = "";
@@ -770,13 +813,14 @@ $("failed-more").addEventListener("click", () => {
 });
 $("large").addEventListener("close", closed);
 addEventListener("keydown", (event) => {
-  if (!$("large").open) return;
+  if (!$("large").open || $("ask").open) return;
+  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
   if (event.key === "ArrowLeft") step(-1);
   if (event.key === "ArrowRight") step(1);
 });
 $("large-image").addEventListener("error", () => {
   if (!$("large-image").dataset.path) return;
-  $("large-image").hidden = true;
+  $("large-image").hidden = $("download").hidden = true;
   $("large-fault").textContent = "The picture cannot be shown; its file may be gone.";
 });
 $("large-image").addEventListener("load", () => {
@@ -787,11 +831,17 @@ $("next").addEventListener("click", () => step(1));
 $("close").addEventListener("click", () => $("large").close());
 $("use").addEventListener("click", () => {
   const { task } = opened;
+  opened = null; // So that focus does not go back to the picture.
   $("large").close();
   useAgain(task);
 });
 $("again").addEventListener("click", async () => {
-  if (await act($("large-error"), "POST", `/tasks/${opened.id}/retry`)) say("It is made again");
+  const { id } = opened;
+  $("again").disabled = true;
+  const done = await act($("large-error"), "POST", `/tasks/${id}/retry`);
+  if (opened?.id !== id) return;
+  $("again").disabled = Boolean(done);
+  $("large-note").textContent = done ? "It is made again." : "";
 });
 askTwice($("delete"), deleteOpened);
 $("ask").addEventListener("cancel", (event) => event.preventDefault());
