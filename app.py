@@ -2,13 +2,9 @@
 
 import logging
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -157,9 +153,8 @@ def _from_environment() -> Flask:
     try:
         config = settings.in_force()
         logs.to_stderr(config.log_format, config.scrub)
-        for host in _listened_on():
-            if fault := settings.bind_fault(config, host):
-                raise settings.ConfigError(fault)
+        if fault := settings.listening_fault(config):
+            raise settings.ConfigError(fault)
         app = create_app(config)
     except (settings.ConfigError, DatabaseError, OSError) as error:
         print(error, file=sys.stderr)
@@ -167,21 +162,6 @@ def _from_environment() -> Flask:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         _drain_when_told_to_stop(app.extensions["worker"])
     return app
-
-
-def _listened_on() -> Iterator[str]:
-    """Yield the addresses that this process listens on, whoever has told it to.
-
-    gunicorn passes them on to its processes, also where it has not read its settings here.
-    """
-    for entry in Path("/dev/fd").iterdir():
-        with suppress(OSError):  # It is no socket.
-            found = socket.socket(fileno=int(entry.name))
-            listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            address = found.getsockname()
-            found.detach()
-            if listens and isinstance(address, tuple):
-                yield address[0]
 
 
 def _drain_when_told_to_stop(worker: Worker) -> None:

@@ -5,8 +5,10 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,25 @@ def bind_fault(config: Config, host: str) -> str | None:
         f"HOST={host}: anyone who reaches this address could spend your Chutes quota; "
         "set API_KEYS, or HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it"
     )
+
+
+def listening_fault(config: Config) -> str | None:
+    """Return why this process may not listen where it does, whoever has told it to, or None.
+
+    A process that gunicorn has forked listens on what its master does.
+    """
+    return next(filter(None, (bind_fault(config, host) for host in _listened_on())), None)
+
+
+def _listened_on() -> Iterator[str]:
+    for entry in Path("/dev/fd").iterdir():
+        with suppress(OSError):  # It is no socket.
+            found = socket.socket(fileno=int(entry.name))
+            listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            address = found.getsockname()
+            found.detach()
+            if listens and isinstance(address, tuple):
+                yield address[0]
 
 
 def is_loopback(host: str) -> bool:

@@ -80,21 +80,15 @@ class logger_class(glogging.Logger):
 
 def when_ready(server):
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
-    if fault := _bind_fault(server):
+    if fault := settings.listening_fault(_config):
         raise SystemExit(fault)
 
 
 def on_reload(server):
     """Stop, as well as SIGTERM does, where the settings no longer allow the address."""
-    if fault := _bind_fault(server):
+    if fault := settings.listening_fault(_config):
         server.log.error(fault)
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _bind_fault(server):
-    addresses = [listener.getsockname() for listener in server.LISTENERS]
-    faults = [settings.bind_fault(_config, a[0]) for a in addresses if isinstance(a, tuple)]
-    return next(filter(None, faults), None)
 
 
 def post_worker_init(worker):

@@ -1,5 +1,6 @@
 """The API document, OpenAPI 3.1: from the models that validate, and models of the answers."""
 
+import functools
 from typing import Annotated, Any, Literal
 
 from flask import Blueprint, Response, jsonify
@@ -230,11 +231,11 @@ _ERRORS = {
 def blueprint(config: Config) -> Blueprint:
     """Build the route of the document."""
     routes = Blueprint("openapi", __name__)
-    made = document(config)
+    made = functools.cache(document)  # Not at the start, which it would make slower.
 
     @routes.get("/openapi.json")
     def openapi() -> Response:
-        return jsonify(made)
+        return jsonify(made(config))
 
     return routes
 

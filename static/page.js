@@ -145,10 +145,11 @@ async function download(path) {
   if (downloads >= DOWNLOADS_AT_ONCE) await new Promise((go) => downloadsWaiting.push(go));
   downloads += 1;
   try {
-    let answer = await fetch(path, { headers: { "X-API-Key": key } });
+    const ask = () => fetch(path, { headers: { "X-API-Key": key } });
+    let answer = await ask();
     if (answer.status === 401) {
       await api("GET", "/queue"); // Which asks for the key.
-      answer = await fetch(path, { headers: { "X-API-Key": key } });
+      answer = await ask();
     }
     if (!answer.ok) throw new Refusal(`The server answered ${answer.status}`, answer.status);
     return URL.createObjectURL(await answer.blob());
@@ -221,14 +222,11 @@ async function watch() {
     poked = false;
     try {
       await look();
-      if (wasAway) {
-        isAway(false);
-        render();
-      }
+      if (isAway) comeBack();
       await pauseAfterLook();
     } catch (error) {
       console.debug(error);
-      isAway(true, error);
+      tellAway(error);
       await sleep(AGAIN_MS);
     }
   }
@@ -475,14 +473,19 @@ function renderNotices(notices, className = "") {
   for (const text of notices.filter((text) => !before.includes(text))) say(text);
 }
 
-let wasAway = false;
+let isAway = false;
 
-function isAway(away, error) {
-  const what = error?.status ? error.message : "The server does not answer";
-  if (away) renderNotices([`${what}; trying again…`], "bad");
-  // What could not be shown meanwhile may be there.
-  else if (wasAway) for (const link of $("pictures").querySelectorAll(".gone")) link.parentNode.remove();
-  wasAway = away;
+function tellAway(error) {
+  isAway = true;
+  const what = error.status ? error.message : "The server does not answer";
+  renderNotices([`${what}; trying again…`], "bad");
+}
+
+// What could not be shown meanwhile may be there.
+function comeBack() {
+  isAway = false;
+  for (const link of $("pictures").querySelectorAll(".gone")) link.parentNode.remove();
+  render();
 }
 
 function createUnended(task) {
@@ -661,8 +664,8 @@ function useAgain(task) {
   $("prompt").value = task.prompt;
   $("model").value = task.model;
   $("negative_prompt").value = task.params.negative_prompt ?? "";
-  for (const name of NUMBERS) $(name).value = task.params[name] ?? "";
-  $("priority").value = task.priority || "";
+  const used = { ...task.params, priority: task.priority || "" };
+  for (const name of NUMBERS) $(name).value = used[name] ?? "";
   $("width").value = task.params.width;
   $("height").value = task.params.height;
   $("size").value = `${task.params.width}x${task.params.height}`;

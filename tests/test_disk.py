@@ -50,13 +50,18 @@ def start(disk, upstream):
         server.close()
 
 
-def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
-    server = start(MIN_FREE_MB=4, CONCURRENCY=1)
+def fill_under_way(server, upstream, disk, tasks, leave):
+    """Add tasks, and fill the disk once the first one's call is under way."""
     server.running()
     upstream.gate.clear()
-    ids = [server.submit(f"p{n}") for n in range(3)]
+    ids = [server.submit(f"p{n}") for n in range(tasks)]
     wait_until(lambda: upstream.at_once == 1)
-    ballast = fill(disk, 2 * 1024 * 1024)
+    return ids, fill(disk, leave)
+
+
+def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
+    server = start(MIN_FREE_MB=4, CONCURRENCY=1)
+    ids, ballast = fill_under_way(server, upstream, disk, 3, 2 * 1024 * 1024)
     status, headers, answer = server.request("POST", "/generate", {"prompt": "p"})
     assert (status, int(headers["Retry-After"]) > 0) == (507, True)
     assert "MIN_FREE_MB" in answer["error"]
@@ -76,11 +81,7 @@ def test_no_room_while_an_image_is_written(start, disk, upstream):
     data = picture("PNG", (64, 64)) + os.urandom(6 * 1024 * 1024)
     upstream.decide = lambda fields: Answer(body=data)
     server = start(MIN_FREE_MB=0, CONCURRENCY=1)
-    server.running()
-    upstream.gate.clear()
-    ids = [server.submit(f"p{n}") for n in range(2)]
-    wait_until(lambda: upstream.at_once == 1)
-    ballast = fill(disk, 3 * 1024 * 1024)
+    ids, ballast = fill_under_way(server, upstream, disk, 2, 3 * 1024 * 1024)
     upstream.gate.set()
     words = "There is no room on the disk for the image"
     wait_until(lambda: words in (server.status(ids[1])["waiting_for"] or ""))

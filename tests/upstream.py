@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import socket
 import threading
 import time
@@ -210,6 +211,11 @@ def until_gone(connection, send=b"", every=0.05):
 
 
 def closed_port():
-    """Return a port on loopback where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """Return a port on loopback where nothing listens.
+
+    Not one that the kernel gives to whoever asks for any: another test would have it next.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
