@@ -1,13 +1,15 @@
 """The settings: read from the environment and `.env`, checked once, then frozen."""
 
+import difflib
 import functools
 import ipaddress
 import json
+import logging
 import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +19,16 @@ from urllib.parse import quote, unquote, urlsplit
 from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent
+# How alike a name in .env must be to a setting's to be taken for a slip of the pen, 0 to 1.
+_NEARLY = 0.8
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 # So many characters of a secret in a row are a part of it, and not a coincidence.
 _TELLING = 12
 _MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+log = logging.getLogger("config")
 
 
 class ConfigError(ValueError):
@@ -138,15 +145,26 @@ def model_fault(model: str, one_label: bool) -> str | None:
 def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
     """Read the settings from `root/.env` and the environment, which wins.
 
-    An empty value counts as not set. Raises ConfigError. The environment is not
-    changed, so that a later edit of `.env` is seen at the next reload.
+    An empty value counts as not set. Raises ConfigError. A name in `.env` that is no
+    setting is logged, and one that is nearly a setting's is an error. The environment is
+    not changed, so that a later edit of `.env` is seen at the next reload.
     """
     try:
         values = dotenv_values(root / ".env", interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{root / '.env'} cannot be read: {error}") from error
+    _check_names(values, root / ".env")
     values.update((name, value) for name, value in environ.items() if value.strip())
     return from_values({k: v.strip() for k, v in values.items() if v and v.strip()}, root)
+
+
+def _check_names(names: Iterable[str], file: Path) -> None:
+    for name in names:
+        if name in _SETTINGS:
+            continue
+        if close := difflib.get_close_matches(name.upper(), _SETTINGS, 1, _NEARLY):
+            raise ConfigError(f"{name} in {file} is not a setting; did you mean {close[0]}?")
+        log.warning("%s in %s is not a setting; it is ignored", name, file)
 
 
 def reload(check: Callable[[Config], None] = lambda config: None) -> Config:

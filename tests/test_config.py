@@ -52,6 +52,25 @@ def test_a_dollar_in_the_file_is_a_dollar(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "meant"),
+    [("CONCURENCY", "CONCURRENCY"), ("port", "PORT"), ("MODEL", "MODELS"), ("API_KEY", "API_KEYS")],
+)
+def test_a_name_that_is_nearly_a_settings_stops_the_start(tmp_path, name, meant):
+    (tmp_path / ".env").write_text(f"CHUTES_API_TOKEN={TOKEN}\n{name}=7\n")
+    with pytest.raises(ConfigError) as error:
+        load({}, tmp_path)
+    assert str(error.value).startswith(f"{name} in ")
+    assert str(error.value).endswith(f"did you mean {meant}?")
+
+
+def test_another_name_in_the_file_is_logged_once_and_ignored(tmp_path, caplog):
+    (tmp_path / ".env").write_text(f"CHUTES_API_TOKEN={TOKEN}\nHTTP_PROXY=http://there\n")
+    assert load({"LANGUAGE": "en", "CONCURENCY": "7"}, tmp_path).port == 3000
+    (line,) = caplog.messages
+    assert line.startswith("HTTP_PROXY in ") and "http://there" not in line
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("PORT", "0"),
