@@ -28,7 +28,7 @@ import pictures
 import tasks
 from chutes import Chutes
 from config import Config
-from db import Database, DatabaseError, KeyReused, QueueFull
+from db import Database, DatabaseError, KeyReused, LowOnDisk, QueueFull
 from images import Decoder
 from worker import Worker
 
@@ -114,8 +114,8 @@ def create_app(config: Config) -> Flask:
         sentence = "This Idempotency-Key came with another request before"
         return jsonify(error=f"{sentence}; send the same request again, or another key"), 422
 
-    @app.errorhandler(tasks.LowOnDisk)
-    def low_on_disk(error: tasks.LowOnDisk) -> tuple[Response, int, dict[str, str]]:
+    @app.errorhandler(LowOnDisk)
+    def low_on_disk(error: LowOnDisk) -> tuple[Response, int, dict[str, str]]:
         sentence = f"Less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
         answer = jsonify(error=f"{sentence}; nothing was stored. Free some, then try again")
         return answer, 507, {"Retry-After": "60"}

@@ -1,5 +1,6 @@
 """The tables and all SQL: what is accepted, what runs, what was called, and how it ended."""
 
+import bisect
 import fcntl
 import json
 import os
@@ -29,6 +30,10 @@ class DatabaseError(Exception):
 
 class QueueFull(Exception):
     """There are as many pending tasks as are allowed; nothing was stored."""
+
+
+class LowOnDisk(Exception):
+    """Less disk space is free than the floor allows; nothing was stored."""
 
 
 class KeyReused(Exception):
@@ -347,19 +352,20 @@ class Database:
         now: float,
         most_pending: int | None = None,
         key: Key | None = None,
-        check: Callable[[], None] = lambda: None,
+        low_on_disk: bool = False,
     ) -> list[str]:
         """Store pending tasks, all or none; when this returns, they outlive a loss of power.
 
         Returns their ids, or those of the tasks that the same key has added in the last
-        day, with nothing stored. Where something is to be stored, `check` is called
-        before, and may raise. Raises QueueFull and KeyReused.
+        day, with nothing stored. Raises KeyReused, and where something would be stored,
+        LowOnDisk and QueueFull.
         """
         ids = [task.id for task in tasks]
         with self._write() as connection:
             if key and (first := _first_tasks(connection, key, now)):
                 return first
-            check()
+            if low_on_disk:
+                raise LowOnDisk
             _check_room(connection, most_pending, len(tasks))
             connection.executemany(
                 """INSERT INTO tasks
@@ -394,34 +400,48 @@ class Database:
         now: float,
         most_calls: int = 0,
     ) -> Standing:
-        """Read all that a pending task waits for, at one instant.
+        """Read all that a pending task waits for, at one instant."""
+        return self.standings([task], rate_limit, now, most_calls)[0]
+
+    def standings(
+        self,
+        tasks: Sequence[Task],
+        rate_limit: tuple[int, float] | None,
+        now: float,
+        most_calls: int = 0,
+    ) -> list[Standing]:
+        """Read all that each of the pending tasks waits for, at one instant.
 
         `ahead` is exact to POSITIONS and one more beyond, `calls_today` to `most_calls`.
         """
         with self._read() as connection:
-            # Two ranges of one index; an OR over both columns would be walked whole.
-            higher = """SELECT 1 FROM tasks INDEXED BY tasks_line
-                        WHERE status = 'pending' AND priority > :priority"""
-            earlier = """SELECT 1 FROM tasks INDEXED BY tasks_line
-                         WHERE status = 'pending' AND priority = :priority AND seq < :seq"""
-            ((ahead,),) = connection.execute(
-                f"""SELECT min(:most,
-                      (SELECT count(*) FROM ({higher} LIMIT :most))
-                      + (SELECT count(*) FROM ({earlier} LIMIT :most)))""",
-                {"priority": task.priority, "seq": task.seq, "most": POSITIONS + 1},
+            line = connection.execute(
+                """SELECT -priority, seq FROM tasks INDEXED BY tasks_line
+                   WHERE status = 'pending' ORDER BY priority DESC, seq LIMIT ?""",
+                (POSITIONS + 1,),
             ).fetchall()
             ((paused, pause_reason),) = connection.execute(
                 "SELECT paused, pause_reason FROM queue"
             ).fetchall()
-            return Standing(
-                ahead=ahead,
+            models = dict.fromkeys([ALL_MODELS, *(task.model for task in tasks)])
+            holds = _holds(connection, list(models))
+            shared = Standing(
+                ahead=0,
                 processing=_count_processing(connection),
                 paused=bool(paused),
                 pause_reason=pause_reason,
-                holds=_holds(connection, [ALL_MODELS, task.model]),
+                holds=(),
                 next_start=rate_limit and _next_start(connection, *rate_limit, now),
                 calls_today=_calls_since(connection, midnight(now), most_calls),
             )
+        return [
+            replace(
+                shared,
+                ahead=bisect.bisect_left(line, (-task.priority, task.seq)),
+                holds=tuple(hold for hold in holds if hold.model in (ALL_MODELS, task.model)),
+            )
+            for task in tasks
+        ]
 
     def has_work(self, now: float) -> bool:
         """Tell whether `claim` would find a task; reads only, in well under a millisecond."""
@@ -694,10 +714,12 @@ class Database:
                 connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
             return len(rows)
 
-    def remove(self, id: str) -> bool:
+    def remove(self, id: str, limits_since: float) -> bool:
         """Delete a task that is not processing, and note that its files must go.
 
-        Call `removed` when they have gone: a death in between leaves the note.
+        Its calls go too, but for those started at `limits_since` or later, which still
+        count for the limits: `purge_calls` deletes them in time. Call `removed` when the
+        files have gone: a death in between leaves the note.
         """
         with self._write() as connection:
             if not _changed(
@@ -706,10 +728,10 @@ class Database:
                 )
             ):
                 return False
-            connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (id,))
+            _note_removal(connection, id, limits_since)
             return True
 
-    def retire(self, finished_before: float, limit: int) -> list[Task]:
+    def retire(self, finished_before: float, limit: int, limits_since: float) -> list[Task]:
         """Delete up to `limit` tasks that ended before then, with their calls, as `remove` does."""
         cutoff = stamp(finished_before)
         with self._read() as connection:
@@ -721,9 +743,31 @@ class Database:
             tasks = [_task([row]) for row in rows]
             for task in tasks:
                 connection.execute("DELETE FROM tasks WHERE seq = ?", (task.seq,))
-                connection.execute("DELETE FROM calls WHERE task = ?", (task.id,))
-                connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task.id,))
+                _note_removal(connection, task.id, limits_since)
             return tasks
+
+    def purge_calls(
+        self, after: tuple[float, str, int], limits_since: float, limit: int = 500
+    ) -> tuple[float, str, int] | None:
+        """Look at up to `limit` calls behind `after`, and delete those of deleted tasks.
+
+        Only calls started before `limits_since`. Returns the last one that was looked at,
+        to go on from, or None where there was none.
+        """
+        with self._read() as connection:
+            rows = connection.execute(
+                """SELECT started, task, number,
+                     EXISTS (SELECT 1 FROM tasks WHERE tasks.id = calls.task)
+                   FROM calls INDEXED BY calls_started
+                   WHERE (started, task, number) > (?, ?, ?) AND started < ?
+                   ORDER BY started, task, number LIMIT ?""",
+                (*after, limits_since, limit),
+            ).fetchall()
+        orphans = [(task, number) for _, task, number, has_task in rows if not has_task]
+        if orphans:
+            with self._write() as connection:
+                connection.executemany("DELETE FROM calls WHERE task = ? AND number = ?", orphans)
+        return rows[-1][:3] if rows else None
 
     def removals(self, limit: int = 1000) -> list[str]:
         """Return some deleted tasks whose files may still be there, each time others."""
@@ -1037,6 +1081,11 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
 def _lift_probed(connection: sqlite3.Connection, task: Task) -> None:
     """Lift the holds that this task probed, but for the one it has just set again."""
     connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
+
+
+def _note_removal(connection: sqlite3.Connection, task_id: str, limits_since: float) -> None:
+    connection.execute("DELETE FROM calls WHERE task = ? AND started < ?", (task_id, limits_since))
+    connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task_id,))
 
 
 def _first_tasks(connection: sqlite3.Connection, key: Key, now: float) -> list[str]:

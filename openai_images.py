@@ -16,8 +16,8 @@ import schema
 from config import Config
 from db import Database, Task
 from guard import Signer
-from tasks import check_disk, idempotency_key, json_body, new_task
-from worker import Worker, image_path
+from tasks import idempotency_key, json_body, new_task
+from worker import Worker, image_path, is_low_on_disk
 
 _PREFIX = "/v1/"
 # Base64 makes four characters of three bytes, so that each chunk but the last is whole.
@@ -121,7 +121,7 @@ def blueprint(config: Config, database: Database, worker: Worker, signer: Signer
             time.time(),
             config.max_pending,
             idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS)),
-            lambda: check_disk(config),
+            is_low_on_disk(config),
         )
         g.stored = ids
         worker.wake()

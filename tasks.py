@@ -33,10 +33,6 @@ _CANCEL_SECONDS = 1.0
 _FORM = "application/x-www-form-urlencoded"
 
 
-class LowOnDisk(Exception):
-    """Less than MIN_FREE_MB is free; nothing was stored."""
-
-
 Answer = tuple[Response, int, dict[str, str]]
 
 
@@ -58,7 +54,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
             time.time(),
             config.max_pending,
             idempotency_key(wanted.model_dump_json()),
-            lambda: check_disk(config),
+            is_low_on_disk(config),
         )
         answer, status, headers = _accepted(task_id)
         if task_id != new.id:
@@ -77,9 +73,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         more = len(found) == limit and database.newest(*wanted[:2], found[-1].seq, 1)
         following = _page_after(found[-1]) if more else None
         headers = {"Link": f'<{following}>; rel="next"'} if following else {}
-        is_low = is_low_on_disk(config)
-        shown = [_task_json(task, config, database, is_low) for task in found]
-        return jsonify(tasks=shown, next=following), 200, headers
+        return jsonify(tasks=_tasks_json(found, config, database), next=following), 200, headers
 
     @routes.get("/tasks/<task_id>")
     def one(task_id: str) -> Response:
@@ -171,8 +165,7 @@ def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
         return known(database, task_id, worker, wait_seconds())
 
     def _json(task: Task) -> dict[str, Any]:
-        is_low = task.status == "pending" and is_low_on_disk(config)
-        return _task_json(task, config, database, is_low)
+        return _tasks_json([task], config, database)[0]
 
     return routes
 
@@ -186,7 +179,7 @@ def new_task(wanted: schema.Generate) -> db.NewTask:
 def check_disk(config: Config) -> None:
     """Raise LowOnDisk where less than MIN_FREE_MB is free."""
     if is_low_on_disk(config):
-        raise LowOnDisk
+        raise db.LowOnDisk
 
 
 def idempotency_key(request_told: str) -> db.Key | None:
@@ -273,13 +266,20 @@ def json_body() -> bytes:
     return body
 
 
-def _task_json(task: Task, config: Config, database: Database, is_low: bool) -> dict[str, Any]:
-    position = reason = None
-    if task.status == "pending":
-        now = time.time()
-        standing = database.standing(task, rate_limit(config), now, config.max_per_day)
-        position = standing.ahead + 1 if standing.ahead < db.POSITIONS else None
-        reason = waiting_for(task, standing, config, now, is_low)
+def _tasks_json(tasks: list[Task], config: Config, database: Database) -> list[dict[str, Any]]:
+    """Show tasks; what the pending ones wait for is read at one instant for all."""
+    pending = [task for task in tasks if task.status == "pending"]
+    waits: dict[str, tuple[int | None, str]] = {}
+    if pending:
+        now, is_low = time.time(), is_low_on_disk(config)
+        standings = database.standings(pending, rate_limit(config), now, config.max_per_day)
+        for task, standing in zip(pending, standings, strict=True):
+            position = standing.ahead + 1 if standing.ahead < db.POSITIONS else None
+            waits[task.id] = position, waiting_for(task, standing, config, now, is_low)
+    return [_task_json(task, *waits.get(task.id, (None, None))) for task in tasks]
+
+
+def _task_json(task: Task, position: int | None, reason: str | None) -> dict[str, Any]:
     return {
         "id": task.id,
         "prompt": task.prompt,

@@ -32,6 +32,7 @@ _CUT_SECONDS = 5.0
 _STORAGE_LOOK_SECONDS = 1.0
 _RETIRE_SECONDS = 60.0
 _RETIRE_STEP = 5
+_FIRST_CALL = (0.0, "", 0)
 
 log = logging.getLogger("worker")
 
@@ -71,6 +72,7 @@ class Worker:
         self._next_expiry = 0.0
         self._last_look = 0.0
         self._last_retired = 0.0
+        self._last_call_kept = _FIRST_CALL
         self._over = threading.Event()
 
     def start(self, wanted: Callable[[], bool] = lambda: True) -> None:
@@ -96,7 +98,7 @@ class Worker:
 
     def remove(self, task: Task) -> bool:
         """Delete a task with its files; False while it is processing."""
-        if not self._db.remove(task.id):
+        if not self._db.remove(task.id, self._limits_since()):
             return False
         self.waiters.ended(task.id)
         self._remove_files(task)
@@ -230,17 +232,18 @@ class Worker:
         if now < self._last_look - 1:
             log.warning("the clock was set back", extra={"seconds": self._last_look - now})
             self._db.set_clock_back(now, MAX_BACKOFF)
+            self._last_call_kept = _FIRST_CALL
         self._last_look = now
 
     def _retire(self) -> None:
-        """Remove what ended RETENTION_DAYS ago, a few tasks a turn, and files left behind."""
+        """Remove what ended RETENTION_DAYS ago, and what deleted tasks left; a little a turn."""
         now = self._clock()
         if abs(now - self._last_retired) < _RETIRE_SECONDS:
             return
         retired = []
         if self._config.retention_days:
             before = now - self._config.retention_days * 86400
-            retired = self._db.retire(before, _RETIRE_STEP)
+            retired = self._db.retire(before, _RETIRE_STEP, self._limits_since())
         for task in retired:
             self._remove_files(task)
         if retired:
@@ -248,7 +251,16 @@ class Worker:
             return
         for task_id in self._db.removals(_RETIRE_STEP):
             self._finish_removal(task_id)
+        if last := self._db.purge_calls(self._last_call_kept, self._limits_since()):
+            self._last_call_kept = last
+            return
         self._last_retired = now
+
+    def _limits_since(self) -> float:
+        """Return from when on (epoch seconds) calls count for a limit, the day's or the rate's."""
+        now = self._clock()
+        limit = rate_limit(self._config)
+        return min(db.midnight(now), now - limit[1] if limit else now)
 
     def _expire(self) -> None:
         """Fail what has waited too long; once a second, in steps."""

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -150,6 +151,29 @@ def test_a_page_of_tasks_looks_at_the_disk_once(serve, monkeypatch):
     assert len(looks) == 1
 
 
+def test_a_disk_that_hangs_keeps_no_other_writer_waiting(serve, monkeypatch):
+    client = serve()
+    client.post("/queue/pause")
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(config):
+        hangs.set()
+        goes_on.wait(30)
+
+    monkeypatch.setattr(tasks, "is_low_on_disk", hang)
+    thread = threading.Thread(target=submit, args=(client.application.test_client(),))
+    thread.start()
+    assert hangs.wait(10)
+    another = threading.Thread(target=client.application.extensions["database"].pause)
+    another.start()
+    another.join(10)
+    was_kept_waiting = another.is_alive()
+    goes_on.set()
+    thread.join(10)
+    another.join(10)
+    assert not was_kept_waiting
+
+
 def test_under_the_floor_no_task_is_retried(serve):
     first = serve()
     task_id = submit(first)
@@ -202,12 +226,39 @@ def test_what_ended_is_kept_to_the_second(make, upstream):
     wait_until(lambda: q.task(task.id) is None)
 
 
+def test_calls_of_a_deleted_task_go_when_no_limit_needs_them(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, 12, tzinfo=UTC).timestamp())
+    q = make(clock, RATE_LIMIT="9/100000").start()
+    task, kept = (q.until(q.add(), status="completed") for _ in range(2))
+    assert q.worker.remove(task)
+    clock.now += 99_000
+    wait_until(lambda: q.worker._last_retired == clock.now)
+    assert len(q.outcomes()) == 2, "the next day, but in the window of the rate limit"
+    clock.now += 2_000
+    wait_until(lambda: len(q.outcomes()) == 1)
+    assert q.db.calls(kept.id)
+    q.worker.remove(kept)
+    assert q.outcomes() == []
+
+
+def test_calls_that_were_left_behind_go_in_steps(make, upstream):
+    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+    q = make(clock)
+    with q.db._write() as connection:
+        connection.executemany(
+            "INSERT INTO calls (task, number, started) VALUES (?, 1, ?)",
+            ((f"t{n}", 1000.0 + n // 700) for n in range(2000)),
+        )
+    q.start()
+    wait_until(lambda: q.outcomes() == [])
+
+
 def test_a_death_while_files_are_removed_leaves_none(make, upstream, monkeypatch):
     clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
     q = make(clock, RETENTION_DAYS=1).start()
     task = q.until(q.add(), status="completed")
     q.worker.stop()
-    assert [old.id for old in q.db.retire(clock.now + 1, 5)] == [task.id]
+    assert [old.id for old in q.db.retire(clock.now + 1, 5, clock.now)] == [task.id]
     assert q.task(task.id) is None and q.files()
     again = make(clock, RETENTION_DAYS=1).start()
     wait_until(lambda: again.db.removals() == [])

@@ -359,7 +359,7 @@ def test_who_comes_second_to_delete_or_retry_is_told_that_it_is_gone(client, mon
         def slow(task_id, known=known, looks=looks):
             found = known(task_id)
             if not looks.append(1) and len(looks) == 1:
-                database.remove(task_id)
+                database.remove(task_id, 0)
             return found
 
         monkeypatch.setattr(database, name, slow)
@@ -373,7 +373,7 @@ def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
     client = serve()
     task = finished(client, submit(client))
     client.application.extensions["worker"].stop()
-    assert client.application.extensions["database"].remove(task["id"])
+    assert client.application.extensions["database"].remove(task["id"], 0)
     assert Path(task["file_path"]).exists()
     finished(serve(), submit(serve()))
     assert not Path(task["file_path"]).exists()

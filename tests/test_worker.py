@@ -623,7 +623,7 @@ def test_a_canceled_probe_leaves_the_hold_to_the_next(make, upstream):
 def test_files_that_a_dead_process_left_behind_are_removed(make):
     q = make().start()
     task = q.until(q.add(), status="completed")
-    q.db.remove(task.id)
+    q.db.remove(task.id, 0)
     q.clock.now += 61
     wait_until(lambda: q.db.removals() == [])
     assert q.files() == []
