@@ -11,10 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from enum import Enum
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
 from config import Config
+from records import Remedy, Reply
 
 MAX_RETRY_AFTER = 3600.0
 # A quota is a day's or a month's; a later reset is an error of the answer.
@@ -36,28 +35,6 @@ _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
 _DETAIL_LENGTH = 300
 _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
-
-
-class Remedy(Enum):
-    """What a failed call asks of the queue."""
-
-    FAIL = "the task has failed"
-    PAUSE = "the task has failed, and so would all others: pause the queue"
-    RETRY = "the attempt counts; another may help"
-    HOLD_MODEL = "not the task's fault: hold its model, no attempt counted"
-    HOLD_ALL = "not the task's fault: hold all tasks, no attempt counted"
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an answer of Chutes said beside its body; nothing where there was none.
-
-    `quota` is the day's: total, used and remaining.
-    """
-
-    status: int | None = None
-    invocation_id: str | None = None
-    quota: tuple[float, float, float] | None = None
 
 
 class ChutesError(Exception):

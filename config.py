@@ -1,9 +1,7 @@
 """The settings: read from the environment and `.env`, checked once, then frozen."""
 
 import difflib
-import functools
 import ipaddress
-import json
 import logging
 import os
 import re
@@ -14,17 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+
+import redact
 
 ROOT = Path(__file__).resolve().parent
 # How alike a name in .env must be to a setting's to be taken for a slip of the pen, 0 to 1.
 _NEARLY = 0.8
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
-# So many characters of a secret in a row are a part of it, and not a coincidence.
-_TELLING = 12
 _MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -83,47 +81,16 @@ class Config:
         return "{model}" in self.chutes_api_url
 
     def scrub(self, text: str) -> str:
-        """Return the text with the secrets in it replaced by `***`.
-
-        In whatever case, and as they are written in an address, in JSON and by repr().
-        """
-        return _any_spelling(self._secrets).sub("***", text)
+        """Return the text with the secrets of the settings replaced by `***`."""
+        return redact.scrub(text, self._secrets)
 
     def reveals_secret(self, text: str) -> bool:
-        """Tell whether a text repeats a secret or a part of one that is worth guarding.
-
-        A part is _TELLING characters; blanks between them, percent signs, backslashes and
-        case make no difference.
-        """
-        told = _skeleton(text)
-        return any(
-            secret[start : start + _TELLING] in told
-            for secret in map(_skeleton, self._secrets)
-            for start in range(len(secret) - _TELLING + 1)
-        )
+        """Tell whether a text repeats one of the secrets, or a part of one."""
+        return redact.reveals_secret(text, self._secrets)
 
     @property
     def _secrets(self) -> tuple[str, ...]:
         return (self.chutes_api_token, *self.api_keys)
-
-
-@functools.cache
-def _any_spelling(secrets: tuple[str, ...]) -> re.Pattern[str]:
-    spellings = {
-        spelt
-        for secret in secrets
-        for spelt in (
-            *(secret, quote(secret), quote(secret, safe="")),
-            *(json.dumps(secret)[1:-1], repr(secret)[1:-1]),
-        )
-    }
-    longest_first = sorted(spellings, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
-
-
-def _skeleton(text: str) -> str:
-    """Return the letters, digits and signs of a text, whatever was put between them."""
-    return re.sub(r"[^!-~]|\\", "", unquote(text)).lower()
 
 
 def model_fault(model: str, one_label: bool) -> str | None:

@@ -9,15 +9,32 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ALL_MODELS = "*"
+from records import (
+    ALL_MODELS,
+    Call,
+    Hold,
+    Key,
+    KeyReused,
+    LowOnDisk,
+    Measures,
+    NewHold,
+    NewTask,
+    PastCall,
+    Queue,
+    QueueFull,
+    Standing,
+    Task,
+)
+
 POSITIONS = 1000
 KEY_SECONDS = 86400.0
 _VERSION = 1
+_SCHEMA = Path(__file__).with_name("schema.sql")
 
 
 class DatabaseError(Exception):
@@ -28,268 +45,7 @@ class DatabaseError(Exception):
         self.full = full
 
 
-class QueueFull(Exception):
-    """There are as many pending tasks as are allowed; nothing was stored."""
-
-
-class LowOnDisk(Exception):
-    """Less disk space is free than the floor allows; nothing was stored."""
-
-
-class KeyReused(Exception):
-    """The idempotency key came with another input before; nothing was stored."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """An idempotency key of a client, and the fingerprint of the input that it came with."""
-
-    client: str
-    text: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class Task:
-    """One image to make, as it stood when it was read.
-
-    `attempts` are those that counted, `calls` all that were made; a call is known by
-    the number that `calls` had while it ran. `not_before` is epoch seconds, and null
-    where the task may run at once; the other times are UTC text. `bytes`, `width`,
-    `height` and `sha256` are the finished picture's.
-    """
-
-    seq: int
-    id: str
-    prompt: str
-    status: str
-    file_path: str | None
-    error: str | None
-    created_at: str
-    updated_at: str
-    error_code: str | None
-    model: str
-    params: dict[str, Any]
-    priority: int
-    attempts: int
-    calls: int
-    not_before: float | None
-    last_error: str | None
-    started_at: str | None
-    finished_at: str | None
-    content_type: str | None
-    bytes: int | None
-    width: int | None
-    height: int | None
-    sha256: str | None
-    canceling: int
-    retried_as: str | None
-
-
 _COLUMNS = ", ".join(field.name for field in fields(Task))
-
-
-@dataclass(frozen=True)
-class NewTask:
-    """One image to make, as it is added; `params` is what is sent beside prompt and model."""
-
-    id: str
-    prompt: str
-    model: str
-    params: dict[str, Any]
-    priority: int = 0
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is known of an upstream call that has ended."""
-
-    outcome: str
-    seconds: float | None = None
-    http_status: int | None = None
-    invocation_id: str | None = None
-    quota: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class PastCall:
-    """One upstream call of a task; `seconds` and `outcome` are null while it runs."""
-
-    number: int
-    started: str
-    seconds: float | None
-    http_status: int | None
-    outcome: str | None
-    invocation_id: str | None
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Why the tasks of a model (or of ALL_MODELS) wait, and until when (epoch seconds).
-
-    `step` is the wait in seconds that the next failure doubles, `room` the bytes that
-    must be free on the disk, `probe` the one task that tries while the others wait.
-    """
-
-    model: str
-    reason: str
-    until: float
-    step: float
-    room: int
-    probe: str | None
-
-
-@dataclass(frozen=True)
-class NewHold:
-    """A hold to be set: `wait` seconds if Chutes named them, else `step`, which doubles."""
-
-    model: str
-    reason: str
-    step: float
-    most: float
-    wait: float | None = None
-    room: int = 0
-
-
-@dataclass(frozen=True)
-class Queue:
-    """How the whole queue stands. `quota` is Chutes' own: total, used and remaining."""
-
-    pending: int
-    processing: int
-    paused: bool
-    pause_reason: str | None
-    oldest_pending: str | None
-    calls_today: int
-    holds: tuple[Hold, ...]
-    quota: tuple[float, float, float] | None
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Numbers of all processes since the first start; only tasks and failures can shrink.
-
-    `buckets` are upper bounds in seconds, and how many calls took at most that long.
-    """
-
-    tasks: dict[str, int]
-    failures: dict[str, int]
-    buckets: tuple[tuple[float, int], ...]
-    upstream_seconds: float
-    image_bytes: int
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a pending task waits for: its place in the line and all that holds it."""
-
-    ahead: int
-    processing: int
-    paused: bool
-    pause_reason: str | None
-    holds: tuple[Hold, ...]
-    next_start: float | None
-    calls_today: int = 0
-
-
-_TABLES = """
-CREATE TABLE tasks (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  id TEXT NOT NULL UNIQUE,
-  prompt TEXT NOT NULL,
-  status TEXT NOT NULL CHECK (status IN ('pending', 'processing', 'completed', 'failed')),
-  file_path TEXT,
-  error TEXT,
-  created_at TEXT NOT NULL,
-  updated_at TEXT NOT NULL,
-  error_code TEXT,
-  model TEXT NOT NULL,
-  params TEXT NOT NULL,
-  priority INTEGER NOT NULL,
-  attempts INTEGER NOT NULL DEFAULT 0,
-  calls INTEGER NOT NULL DEFAULT 0,
-  not_before REAL,
-  last_error TEXT,
-  started_at TEXT,
-  finished_at TEXT,
-  content_type TEXT,
-  bytes INTEGER,
-  width INTEGER,
-  height INTEGER,
-  sha256 TEXT,
-  canceling INTEGER NOT NULL DEFAULT 0,
-  retried_as TEXT
-) STRICT;
-
-CREATE INDEX tasks_ready ON tasks (model, priority DESC, seq)
-  WHERE status = 'pending' AND not_before IS NULL;
-CREATE INDEX tasks_later ON tasks (not_before)
-  WHERE status = 'pending' AND not_before IS NOT NULL;
-CREATE INDEX tasks_line ON tasks (priority DESC, seq) WHERE status = 'pending';
-CREATE INDEX tasks_age ON tasks (created_at) WHERE status = 'pending';
-CREATE INDEX tasks_processing ON tasks (seq) WHERE status = 'processing';
-
-CREATE INDEX tasks_canceling ON tasks (seq) WHERE status = 'processing' AND canceling;
-CREATE INDEX tasks_status ON tasks (status, seq);
-CREATE INDEX tasks_model ON tasks (model, seq);
-CREATE INDEX tasks_status_model ON tasks (status, model, seq);
-CREATE INDEX tasks_unretried ON tasks (error_code, seq)
-  WHERE status = 'failed' AND retried_as IS NULL;
-CREATE INDEX tasks_unretried_line ON tasks (seq)
-  WHERE status = 'failed' AND retried_as IS NULL;
-
-CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
-
--- How many calls took at most so many seconds; 9e999 is infinity.
-CREATE TABLE buckets (le REAL PRIMARY KEY, calls INTEGER NOT NULL DEFAULT 0) STRICT;
-INSERT INTO buckets (le) VALUES (0.5), (1), (2.5), (5), (10), (20), (40), (80), (160), (320),
-  (640), (9e999);
-
-CREATE TABLE idempotency (
-  client TEXT NOT NULL,
-  key TEXT NOT NULL,
-  fingerprint TEXT NOT NULL,
-  task TEXT NOT NULL, -- or tasks, separated by spaces
-  created REAL NOT NULL,
-  PRIMARY KEY (client, key)
-) STRICT;
-CREATE INDEX idempotency_created ON idempotency (created);
-
-CREATE TABLE removals (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
-
-CREATE TABLE calls (
-  task TEXT NOT NULL,
-  number INTEGER NOT NULL,
-  started REAL NOT NULL,
-  seconds REAL,
-  http_status INTEGER,
-  outcome TEXT,
-  invocation_id TEXT,
-  PRIMARY KEY (task, number)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX calls_started ON calls (started);
-
-CREATE TABLE holds (
-  model TEXT PRIMARY KEY,
-  reason TEXT NOT NULL,
-  until REAL NOT NULL,
-  step REAL NOT NULL,
-  room INTEGER NOT NULL,
-  probe TEXT
-) STRICT;
-
-CREATE TABLE queue (
-  id INTEGER PRIMARY KEY CHECK (id = 1),
-  paused INTEGER NOT NULL DEFAULT 0,
-  pause_reason TEXT,
-  quota_total ANY,
-  quota_used ANY,
-  quota_remaining ANY,
-  upstream_seconds REAL NOT NULL DEFAULT 0,
-  image_bytes INTEGER NOT NULL DEFAULT 0
-) STRICT;
-INSERT INTO queue (id) VALUES (1);
-"""
 
 # The models with a task that is ready, each found by one step in the index: a held
 # model with 100,000 waiting tasks costs one look, not 100,000. Left to itself, SQLite
@@ -943,7 +699,7 @@ class Database:
                 "move it away, or name another file in DATABASE_PATH"
             )
         self._writer.executescript(
-            f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {_VERSION}; COMMIT"
+            f"BEGIN IMMEDIATE; {_SCHEMA.read_text()} PRAGMA user_version = {_VERSION}; COMMIT"
         )
 
     @contextmanager

@@ -1,22 +1,18 @@
 """What a file is: a PNG, JPEG or WebP image by its bytes, and whether it is whole."""
 
-import errno
 import hashlib
 import io
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as Pillow
 
-MAX_PIXELS = 4096 * 4096
-EXTENSIONS = ("png", "jpg", "webp")
+from records import Image
 
+MAX_PIXELS = 4096 * 4096
 THUMBNAIL_SIDE = 512
 
 _BROKEN = "The image ended early or does not decode"
@@ -46,18 +42,6 @@ class TooManyPixels(ImageError):
     again = False
 
 
-@dataclass(frozen=True)
-class Image:
-    """The facts of a whole image file; `extension` is without the dot."""
-
-    content_type: str
-    extension: str
-    bytes: int
-    width: int
-    height: int
-    sha256: str
-
-
 class Decoder:
     """Decode one picture at a time, in one thread, which `close` ends.
 
@@ -72,10 +56,6 @@ class Decoder:
     def inspect(self, path: Path) -> Image:
         """Do as `inspect` does."""
         return self._do(inspect, path)
-
-    def keep(self, part: Path, target: Path) -> tuple[Path, Image]:
-        """Do as `keep` does."""
-        return self._do(keep, part, target)
 
     def thumbnail(self, path: Path) -> bytes:
         """Do as `thumbnail` does."""
@@ -112,23 +92,6 @@ def inspect(path: Path) -> Image:
     return Image(content_type, extension, size, width, height, sha256)
 
 
-def keep(part: Path, target: Path) -> tuple[Path, Image]:
-    """Give a whole image its final name, `target` and the ending its bytes ask for.
-
-    The file must be on disk (fsync) already; when this returns, so is its name. Raises
-    ImageError, and then no file has a final name.
-    """
-    image = inspect(part)
-    path = target.with_name(f"{target.name}.{image.extension}")
-    part.replace(path)
-    try:
-        sync_folder(path.parent)
-    except OSError:
-        path.unlink()
-        raise
-    return path, image
-
-
 def thumbnail(path: Path) -> bytes:
     """Return a WebP image of the picture, at most THUMBNAIL_SIDE on its longest side.
 
@@ -140,44 +103,6 @@ def thumbnail(path: Path) -> bytes:
         mode = "RGBA" if picture.has_transparency_data else "RGB"
         picture.convert(mode).save(out, "WEBP", quality=80)
     return out.getvalue()
-
-
-def store(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, whoever else writes the same one."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def has_room(folder: Path, size: int) -> bool:
-    """Tell whether the disk and its quotas leave room for so many bytes, by trying.
-
-    Another fault than the lack of room is left to whoever writes in earnest.
-    """
-    probe = folder / ".room.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return True
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _kind(head: bytes) -> str | None:

@@ -6,22 +6,22 @@ import logging
 import math
 import os
 import random
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import chutes
 import db
 import images
-from chutes import ChutesError, Cut, Line, Remedy, Reply
+import outputs
+from chutes import ChutesError, Cut, Line
 from config import Config
-from db import Call, Database, DatabaseError, NewHold, Standing, Task
+from db import Database, DatabaseError
+from records import ALL_MODELS, Call, Image, NewHold, Remedy, Reply, Task
 from waiters import Waiters
 
 LOOK_SECONDS = 0.02
@@ -218,12 +218,12 @@ class Worker:
 
     def _disk_is_full(self, now: float) -> bool:
         """Tell whether there is too little room to pay for a call."""
-        if is_low_on_disk(self._config):
+        if outputs.is_low_on_disk(self._config):
             return True
-        hold = self._db.hold(db.ALL_MODELS)
-        if not hold or not hold.room or images.has_room(self._config.output_dir, hold.room):
+        hold = self._db.hold(ALL_MODELS)
+        if not hold or not hold.room or outputs.has_room(self._config.output_dir, hold.room):
             return False
-        self._db.delay_hold(db.ALL_MODELS, now + _STORAGE_LOOK_SECONDS)
+        self._db.delay_hold(ALL_MODELS, now + _STORAGE_LOOK_SECONDS)
         return True
 
     def _watch_the_clock(self) -> None:
@@ -287,9 +287,7 @@ class Worker:
 
     def _finish_removal(self, task_id: str) -> None:
         try:
-            for extension in images.EXTENSIONS:
-                (self._config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
-            thumbnail_path(self._config, task_id).unlink(missing_ok=True)
+            outputs.remove(self._config, task_id)
         except OSError:
             log.exception("a file stays; its removal is tried again", extra={"task": task_id})
             return
@@ -299,7 +297,7 @@ class Worker:
         """Make one call for the task and write down how it ended; runs in the pool."""
         if self._running.get(task.id) != (task, line):
             return  # It was taken back, and perhaps claimed anew.
-        part = self._config.output_dir / f".{task.id}.part"
+        part = outputs.part_path(self._config, task.id)
         began = time.monotonic()
         try:
             end = self._try(task, part, line)
@@ -320,7 +318,8 @@ class Worker:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             reply = self._chutes.generate(task.model, task.prompt, task.params, part, line)
-            path, image = self._decoder.keep(part, self._config.output_dir / task.id)
+            image = self._decoder.inspect(part)
+            path = outputs.keep(part, self._config.output_dir / task.id, image.extension)
         except Cut as cut:
             if str(cut) == "canceled":
                 return functools.partial(
@@ -345,7 +344,7 @@ class Worker:
                 self._fail, task, error.code, str(error), error.reply, pause_reason=pause
             )
         hold = NewHold(
-            model=task.model if error.remedy is Remedy.HOLD_MODEL else db.ALL_MODELS,
+            model=task.model if error.remedy is Remedy.HOLD_MODEL else ALL_MODELS,
             reason=error.headline,
             step=self._config.retry_backoff,
             most=MAX_BACKOFF,
@@ -356,7 +355,7 @@ class Worker:
         return functools.partial(self._put_back, task, error.code, error.reply, hold)
 
     def _complete(
-        self, task: Task, path: Path, image: images.Image, reply: Reply, seconds: float | None
+        self, task: Task, path: Path, image: Image, reply: Reply, seconds: float | None
     ) -> None:
         call = self._ended(task, "completed", reply, seconds)
         if not self._db.complete(task, call, path, image, self._clock()):
@@ -450,19 +449,16 @@ class Worker:
             else:
                 self._interrupted(task)
 
-    def _finished_file(self, task: Task) -> tuple[Path, images.Image] | None:
+    def _finished_file(self, task: Task) -> tuple[Path, Image] | None:
         """Return the picture of an orphan that was whole when its process died."""
-        (self._config.output_dir / f".{task.id}.part").unlink(missing_ok=True)
-        for extension in images.EXTENSIONS:
-            path = self._config.output_dir / f"{task.id}.{extension}"
-            if not path.exists():
-                continue
+        outputs.part_path(self._config, task.id).unlink(missing_ok=True)
+        for path in outputs.finished_paths(self._config, task.id):
             try:
                 image = self._decoder.inspect(path)
             except images.ImageError:
                 path.unlink()
                 continue
-            images.sync_folder(path.parent)
+            outputs.sync_folder(path.parent)
             return path, image
         return None
 
@@ -529,17 +525,6 @@ class _QueueLock:
         return True
 
 
-def image_path(config: Config, task: Task) -> Path:
-    """Return where a task's picture is: where it was put, or in a folder that has moved."""
-    path = Path(task.file_path)
-    return path if path.exists() else config.output_dir / path.name
-
-
-def thumbnail_path(config: Config, task_id: str) -> Path:
-    """Return where the thumbnail of a task's picture is kept."""
-    return config.output_dir / "thumbnails" / f"{task_id}.webp"
-
-
 def backoff(attempts: int, base: float, jitter: float) -> float:
     """Return the seconds before the next attempt: four times more each, up to MAX_BACKOFF.
 
@@ -552,64 +537,3 @@ def rate_limit(config: Config) -> tuple[int, float] | None:
     """Return the rate limit as calls and seconds, with a margin that keeps it for Chutes."""
     limit = config.rate_limit
     return limit and (limit.count, limit.seconds + RATE_MARGIN)
-
-
-def is_low_on_disk(config: Config) -> bool:
-    """Tell whether less than MIN_FREE_MB is free where images or the database are."""
-    floor = config.min_free_mb * 1024 * 1024
-    return any(
-        shutil.disk_usage(_nearest(folder)).free < floor
-        for folder in (config.output_dir, config.database_path.parent)
-    )
-
-
-def _nearest(folder: Path) -> Path:
-    """Return the folder, or the one that it would be made in."""
-    return folder if folder.exists() or folder == folder.parent else _nearest(folder.parent)
-
-
-def waiting_for(
-    task: Task, standing: Standing, config: Config, now: float, low_on_disk: bool = False
-) -> str:
-    """Say what a pending task waits for: the first thing that would have to change."""
-    if standing.paused:
-        reason = standing.pause_reason
-        return f"the queue is paused: {reason}" if reason else "the queue is paused"
-    if low_on_disk:
-        return f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
-    for hold in standing.holds:
-        if hold.probe:
-            return f"{hold.reason}; one task is trying now"
-        if hold.until <= now:
-            continue
-        dated = hold.model == db.ALL_MODELS
-        return f"{hold.reason}; next try at {_clock_time(hold.until, now, dated)}"
-    if task.not_before and task.not_before > now:
-        return (
-            f"attempt {task.attempts + 1} of {config.max_attempts} "
-            f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"
-        )
-    most = config.max_per_day
-    if most and standing.calls_today >= most:
-        tomorrow = _clock_time(db.midnight(now) + 86400, now, dated=True)
-        return f"the limit of {most} calls a day (MAX_PER_DAY); next start at {tomorrow}"
-    if standing.next_start:
-        limit = config.rate_limit
-        return (
-            f"the rate limit of {limit.count} in {limit.seconds:g} s; "
-            f"next start at {_clock_time(standing.next_start, now)}"
-        )
-    if standing.ahead > db.POSITIONS:
-        return f"more than {db.POSITIONS} tasks ahead"
-    if standing.ahead:
-        return f"{standing.ahead} task{'s' if standing.ahead > 1 else ''} ahead"
-    if standing.processing >= config.concurrency:
-        return f"all {config.concurrency} places are busy"
-    return "it is about to start"
-
-
-def _clock_time(when: float, now: float, dated: bool = False) -> str:
-    """Write a time of today as its hour, of another day with its date."""
-    moment, today = datetime.fromtimestamp(when, UTC), datetime.fromtimestamp(now, UTC)
-    dated = dated or moment.date() != today.date()
-    return moment.strftime("%Y-%m-%d %H:%M:%S UTC" if dated else "%H:%M:%S UTC")

@@ -10,7 +10,8 @@ from conftest import wait_until
 from server import Server, memory
 from upstream import Upstream, serving
 
-from db import Database, NewTask
+from db import Database
+from records import NewTask
 
 
 def main():

@@ -8,8 +8,10 @@ from conftest import wait_until
 import images
 import worker
 from chutes import Chutes
-from db import Database, NewTask
-from worker import Worker, waiting_for
+from db import Database
+from records import NewTask
+from web.answers import waiting_for
+from worker import Worker
 
 
 class Queue:

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def checkout(folder):
     """Copy what gunicorn needs, so that no .env and no database of the user's is touched."""
     folder.mkdir(exist_ok=True)
-    for file in ROOT.glob("*.py"):
+    for file in (*ROOT.glob("*.py"), ROOT / "schema.sql"):
         shutil.copy2(file, folder)
     # What is compiled need not be compiled again by each process of each test.
-    for name in ("static", "__pycache__"):
+    for name in ("web", "__pycache__"):
         if (ROOT / name).exists():
             shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     return folder

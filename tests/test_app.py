@@ -14,7 +14,7 @@ from upstream import Answer, picture, refusal
 
 from app import close, create_app
 from db import DatabaseError
-from tasks import MAX_BODY
+from web.params import MAX_BODY
 
 
 def test_a_prompt_becomes_a_picture_on_disk(client, upstream, tmp_path):

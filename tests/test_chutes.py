@@ -19,7 +19,8 @@ import responses
 from conftest import TOKEN
 from upstream import Answer, closed_port, picture, raw_server, refusal, until_gone
 
-from chutes import MAX_RETRY_AFTER, Chutes, ChutesError, Cut, Line, Remedy
+from chutes import MAX_RETRY_AFTER, Chutes, ChutesError, Cut, Line
+from records import Remedy
 
 URL = "https://image.chutes.ai/generate"
 PARAMS = {"width": 512}

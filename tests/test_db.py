@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 
 import db
-from db import ALL_MODELS, Call, Database, DatabaseError, NewHold, NewTask
-from images import Image
+from db import Database, DatabaseError
+from records import ALL_MODELS, Call, Image, NewHold, NewTask
 
 NOW = 1_790_000_000.0
 PICTURE = Image("image/png", "png", 3, 1, 1, "0" * 64)

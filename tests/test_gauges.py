@@ -7,7 +7,8 @@ from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, picture, refusal
 
-from db import Call, DatabaseError, NewTask
+from db import DatabaseError
+from records import Call, NewTask
 
 
 def ready(client):

@@ -2,10 +2,8 @@
 
 import hashlib
 import io
-import os
 import random
 import threading
-from pathlib import Path
 
 import pytest
 from PIL import Image, ImageFile
@@ -96,34 +94,6 @@ def test_the_pixels_are_decoded(tmp_path, monkeypatch, kind):
     assert decoded
 
 
-def test_the_new_name_is_put_on_disk(tmp_path, monkeypatch):
-    synced = []
-    sync = os.fsync
-
-    def watched(file):
-        synced.append(Path(f"/proc/self/fd/{file}").readlink())
-        sync(file)
-
-    monkeypatch.setattr("images.os.fsync", watched)
-    images.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t")
-    assert synced == [tmp_path]
-
-
-def test_room_is_found_by_trying(tmp_path, monkeypatch):
-    folder = tmp_path / "not yet"
-    assert images.has_room(folder, 10_000)
-    assert list(folder.iterdir()) == []
-    for number, found in ((28, False), (122, False), (5, True)):
-        error = OSError(number, "fault")
-        monkeypatch.setattr("images.os.posix_fallocate", lambda *args: raising(error))  # noqa: B023
-        assert images.has_room(folder, 10_000) is found
-        assert list(folder.iterdir()) == []
-
-
-def raising(error):
-    raise error
-
-
 def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
     with pytest.raises(images.TooManyPixels) as error:
         images.inspect(saved(tmp_path / "x", picture("PNG", (4097, 4096))))
@@ -161,31 +131,6 @@ def test_only_one_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
     decoder.close()
     assert most == [1] * 8
     assert [t for t in threading.enumerate() if t.name.startswith("decode")] == []
-
-
-def test_a_whole_image_gets_its_final_name(tmp_path):
-    part = saved(tmp_path / ".t.part", picture("WEBP"))
-    path, image = images.keep(part, tmp_path / "t")
-    assert path == tmp_path / "t.webp"
-    assert [file.name for file in tmp_path.iterdir()] == ["t.webp"]
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == image.sha256
-
-
-def test_a_broken_image_gets_no_final_name(tmp_path):
-    part = saved(tmp_path / ".t.part", picture("PNG")[:-5])
-    with pytest.raises(images.BrokenImage):
-        images.keep(part, tmp_path / "t")
-    assert [file.name for file in tmp_path.iterdir()] == [".t.part"]
-
-
-def test_a_name_that_is_not_on_disk_is_taken_back(tmp_path, monkeypatch):
-    def fail(path):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(images, "sync_folder", fail)
-    with pytest.raises(OSError, match="Input/output"):
-        images.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_cannot_be_read_is_not_called_broken(tmp_path):

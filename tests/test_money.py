@@ -8,9 +8,8 @@ from conftest import finished, submit, wait_until
 from queues import steady
 from upstream import refusal
 
-import db
-from db import NewTask
-from worker import waiting_for
+from records import Key, NewTask, QueueFull
+from web.answers import waiting_for
 
 
 def post(client, key, prompt="p", **fields):
@@ -74,7 +73,7 @@ def test_a_replay_after_the_end_pays_nothing(client, upstream):
 
 def test_a_key_is_kept_for_a_day(database):
     def add(task, now):
-        return database.add([NewTask(task, "p", "m", {})], now, None, db.Key("", "k", "f"))
+        return database.add([NewTask(task, "p", "m", {})], now, None, Key("", "k", "f"))
 
     assert add("first", 1_790_000_000.0) == ["first"]
     assert add("second", 1_790_000_000.0 + 86399) == ["first"]
@@ -84,7 +83,7 @@ def test_a_key_is_kept_for_a_day(database):
 
 def test_any_number_of_keys_can_be_used_again_the_next_day(database):
     def add(name, now):
-        key = db.Key("", name.partition("-")[0], "f")
+        key = Key("", name.partition("-")[0], "f")
         return database.add([NewTask(name, "p", "m", {})], now, None, key)
 
     for n in range(600):
@@ -98,7 +97,7 @@ def test_any_number_of_keys_can_be_used_again_the_next_day(database):
 def test_tasks_that_came_together_are_replayed_together(database):
     def add(*names):
         tasks = [NewTask(name, "p", "m", {}) for name in names]
-        return database.add(tasks, 1_790_000_000.0, None, db.Key("", "k", "f"))
+        return database.add(tasks, 1_790_000_000.0, None, Key("", "k", "f"))
 
     assert add("a", "b", "c") == ["a", "b", "c"]
     assert add("d", "e", "f") == ["a", "b", "c"]
@@ -110,7 +109,7 @@ def test_tasks_that_come_together_are_stored_all_or_none(database):
         database.add([NewTask(name, "p", "m", {}) for name in names], 1_790_000_000.0, 3)
 
     add("a", "b")
-    with pytest.raises(db.QueueFull):
+    with pytest.raises(QueueFull):
         add("c", "d")
     assert database.get("c") is None
     add("e")

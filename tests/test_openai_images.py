@@ -17,9 +17,9 @@ from PIL import Image
 from server import Server, memory
 from upstream import Answer, Upstream, closed_port, picture, refusal, serving
 
-import openai_images
 from db import DatabaseError
-from guard import Signer
+from web.access import Signer
+from web.params import patience
 
 KEY = KEYS.split(",")[0]
 COLOURS = ("red", "green", "blue")
@@ -580,7 +580,7 @@ def test_a_timeout_and_what_waited_too_long_are_timeouts(start):
 
 def test_a_defect_of_the_server_is_its_own(serve, upstream, monkeypatch):
     client = serve()
-    monkeypatch.setattr(client.application.extensions["decoder"], "keep", lambda *values: 1 / 0)
+    monkeypatch.setattr(client.application.extensions["decoder"], "inspect", lambda *values: 1 / 0)
     answer = client.post("/v1/images/generations", json={"prompt": "p"})
     assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal")
 
@@ -644,7 +644,7 @@ def test_a_client_that_tells_its_patience_is_answered_before_it_ends(client, ups
 def test_the_shorter_patience_counts_less_a_margin(serve, headers, seconds):
     client = serve()
     with client.application.test_request_context(headers=headers):
-        assert openai_images._patience(client.application.extensions["worker"]._config) == seconds
+        assert patience() == seconds
 
 
 @pytest.mark.parametrize("told", ["nan", "-1", "", "soon", "1e999"])

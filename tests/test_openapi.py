@@ -9,7 +9,7 @@ from conftest import wait_until
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
-import openapi
+from web import openapi
 
 quietly = settings(
     max_examples=10,

@@ -14,7 +14,7 @@ from upstream import Answer, picture, refusal
 from werkzeug.serving import make_server
 
 import images
-from db import Call, NewTask
+from records import Call, NewTask
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(

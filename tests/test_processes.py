@@ -23,7 +23,8 @@ from PIL import Image
 from server import Server, alive, checkout, memory
 from upstream import Answer, closed_port, picture
 
-from db import Database, NewTask
+from db import Database
+from records import NewTask
 
 
 @pytest.fixture

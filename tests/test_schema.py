@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from schema import Invalid, parse_generate
+from web.schemas import Invalid, parse_generate
 
 
 def parse(body, model_in_url=False):

@@ -11,7 +11,7 @@ import pytest
 from conftest import finished, submit, wait_until
 from upstream import Answer, refusal
 
-from db import ALL_MODELS
+from records import ALL_MODELS
 
 
 def failed(client, upstream, detail="no", prompt="p"):

@@ -15,8 +15,10 @@ from upstream import Answer, closed_port, picture, raw_server, refusal
 import images
 import worker as queue
 from chutes import Chutes
-from db import ALL_MODELS, Call, DatabaseError, Hold, Standing
-from worker import backoff, waiting_for
+from db import DatabaseError
+from records import ALL_MODELS, Call, Hold, Standing
+from web.answers import waiting_for
+from worker import backoff
 
 # What runs
 
@@ -274,7 +276,7 @@ def test_no_room_on_the_disk_holds_the_queue_until_there_is(make, upstream, monk
     full = OSError(28, "No space left on device")
     sync = os.fsync
     monkeypatch.setattr("chutes.os.fsync", lambda f: sync(f) if room[0] else raising(full))
-    monkeypatch.setattr("worker.images.has_room", lambda folder, size: room[0] >= size)
+    monkeypatch.setattr("outputs.has_room", lambda folder, size: room[0] >= size)
     q = make(CONCURRENCY=1, RETRY_BACKOFF=5).start()
     ids = [q.add(), q.add(model="x")]
     wait_until(lambda: q.db.hold(ALL_MODELS))

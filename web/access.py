@@ -120,7 +120,7 @@ def check_key(config: Config) -> str:
 
 def is_signed(signer: Signer) -> bool:
     """Tell whether the request is for an image, with the right signature."""
-    if request.endpoint != "pictures.image" or request.method not in ("GET", "HEAD"):
+    if request.endpoint != "images.image" or request.method not in ("GET", "HEAD"):
         return False
     task_id = request.view_args["name"].partition(".")[0]
     return signer.has_signed(task_id, request.args.get("sig", ""))

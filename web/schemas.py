@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ from pydantic import (
 )
 
 from config import model_fault
+from records import NewTask
 
 MAX_TEXT = 10_000
 _SHOWN_FAULTS = 3
@@ -126,6 +128,12 @@ class Generations(Generate):
             return [Generate.model_construct(**fields) for _ in range(self.n)]
         seeds = [(self.seed + k) % 2**32 for k in range(self.n)]
         return [Generate.model_construct(**fields, seed=seed) for seed in seeds]
+
+
+def new_task(wanted: Generate) -> NewTask:
+    """Return the task that was asked for, with an id of its own."""
+    task_id = str(uuid.uuid4())
+    return NewTask(task_id, wanted.prompt, wanted.model, wanted.params(), wanted.priority)
 
 
 _Kind = TypeVar("_Kind", bound=Generate)

@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from config import Config
-from schema import OPENAI_MODEL, Generate, Generations
-from tasks import ERROR_CODES, MAX_PAGE, MAX_WAIT, STATUSES
+from records import ERROR_CODES, STATUSES
+from web.params import MAX_PAGE, MAX_WAIT
+from web.schemas import OPENAI_MODEL, Generate, Generations
+from web.service import service
 
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _TIME = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", description="UTC")]
@@ -228,18 +230,15 @@ _ERRORS = {
 }
 
 
-def blueprint(config: Config) -> Blueprint:
-    """Build the route of the document."""
-    routes = Blueprint("openapi", __name__)
-    made = functools.cache(document)  # Not at the start, which it would make slower.
-
-    @routes.get("/openapi.json")
-    def openapi() -> Response:
-        return jsonify(made(config))
-
-    return routes
+bp = Blueprint("openapi", __name__)
 
 
+@bp.get("/openapi.json")
+def openapi() -> Response:
+    return jsonify(document(service.config))
+
+
+@functools.lru_cache(maxsize=1)  # Not at the start, which it would make slower.
 def document(config: Config) -> dict[str, Any]:
     """Return the API document, as this server is set up."""
     _, schemas = models_json_schema(

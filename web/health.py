@@ -15,51 +15,50 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from config import Config
 from db import Database, DatabaseError
-from tasks import ERROR_CODES, STATUSES, age
-from worker import Worker, is_low_on_disk
+from outputs import is_low_on_disk
+from records import ERROR_CODES, STATUSES
+from web.answers import age
+from web.service import service
+
+bp = Blueprint("health", __name__)
 
 
-def blueprint(config: Config, database: Database, worker: Worker) -> Blueprint:
-    """Build the routes over this database and this worker."""
-    routes = Blueprint("gauges", __name__)
+@bp.get("/healthz")
+def healthz() -> Response:
+    return jsonify(status="ok")
+
+
+@bp.get("/readyz")
+def readyz() -> tuple[Response, int, dict[str, str]]:
+    problems = list(_problems())
+    if not problems:
+        return jsonify(status="ok", problems=[]), 200, {}
+    sentence = f"Not ready: {'; '.join(problems)}"
+    return jsonify(error=sentence, problems=problems), 503, {"Retry-After": "10"}
+
+
+@bp.get("/metrics")
+def metrics() -> Response:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Numbers(database))
-
-    @routes.get("/healthz")
-    def healthz() -> Response:
-        return jsonify(status="ok")
-
-    @routes.get("/readyz")
-    def readyz() -> tuple[Response, int, dict[str, str]]:
-        problems = list(_problems(config, database, worker))
-        if not problems:
-            return jsonify(status="ok", problems=[]), 200, {}
-        sentence = f"Not ready: {'; '.join(problems)}"
-        return jsonify(error=sentence, problems=problems), 503, {"Retry-After": "10"}
-
-    @routes.get("/metrics")
-    def metrics() -> Response:
-        return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
-
-    return routes
+    registry.register(_Numbers(service.database))
+    return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def _problems(config: Config, database: Database, worker: Worker) -> Iterator[str]:
+def _problems() -> Iterator[str]:
     try:
-        database.check()
-        reason = database.queue(time.time()).pause_reason
+        service.database.check()
+        reason = service.database.queue(time.time()).pause_reason
     except DatabaseError as error:
         yield str(error)
     else:
         if reason:
             yield f"the queue is paused: {reason}"
-    if is_low_on_disk(config):
-        yield f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
-    if worker.is_draining:
+    if is_low_on_disk(service.config):
+        yield f"less than {service.config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
+    if service.worker.is_draining:
         yield "this process is stopping"
-    if not worker.is_run_by_any():
+    if not service.worker.is_run_by_any():
         yield "no process runs the queue"
 
 

@@ -24,14 +24,6 @@ _HEADERS = {
 }
 
 
-def blueprint() -> Blueprint:
-    """Build the routes; what the page shows it asks of the others."""
-    routes = Blueprint("page", __name__)
-    for path, (name, content_type) in _FILES.items():
-        routes.add_url_rule(path, name.replace(".", "_"), _sender(_FOLDER / name, content_type))
-    return routes
-
-
 def _sender(file: Path, content_type: str):
     def send() -> Response:
         response = send_file(file, content_type, conditional=True)
@@ -39,3 +31,8 @@ def _sender(file: Path, content_type: str):
         return response
 
     return send
+
+
+bp = Blueprint("page", __name__)
+for _path, (_name, _content_type) in _FILES.items():
+    bp.add_url_rule(_path, _name.replace(".", "_"), _sender(_FOLDER / _name, _content_type))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from flask import Blueprint, Response, abort, g, jsonify, request, send_file
 
-import images
-from config import Config
-from db import Database, Task
-from images import Decoder
-from tasks import known, wait_seconds
-from worker import Worker, image_path, thumbnail_path
+import outputs
+from images import ImageError
+from outputs import image_path, thumbnail_path
+from records import Task
+from web.params import known, wait_seconds
+from web.service import service
 
 # What a client is told to wait: one that has waited may ask at once, one that wanted to
 # and could not would use up its retries.
@@ -22,42 +22,39 @@ _RETRY_SECONDS_INSTEAD_OF_WAIT = 10
 
 log = logging.getLogger("pictures")
 
+bp = Blueprint("images", __name__)
 
-def blueprint(config: Config, database: Database, worker: Worker, decoder: Decoder) -> Blueprint:
-    """Build the routes over this database, and a decoder for the thumbnails."""
-    routes = Blueprint("pictures", __name__)
 
-    @routes.get("/images/<name>")
-    def image(name: str) -> Response:
-        task_id, dot, extension = name.partition(".")
-        task = known(database, task_id, worker, wait_seconds())
-        if task.status != "completed":
-            return _not_yet_or_never(task)
-        path = image_path(config, task)
-        if dot and path.suffix != f".{extension}":
-            abort(404, f"The picture of this task is {path.name}")
-        return _send(path, task, path, task.content_type, task.sha256)
+@bp.get("/images/<name>")
+def image(name: str) -> Response:
+    task_id, dot, extension = name.partition(".")
+    task = known(task_id, wait_seconds())
+    if task.status != "completed":
+        return _not_yet_or_never(task)
+    path = image_path(service.config, task)
+    if dot and path.suffix != f".{extension}":
+        abort(404, f"The picture of this task is {path.name}")
+    return _send(path, task, path, task.content_type, task.sha256)
 
-    @routes.get("/images/<task_id>/thumbnail")
-    def thumbnail(task_id: str) -> Response:
-        task = known(database, task_id)
-        if task.status != "completed":
-            return _not_yet_or_never(task)
-        original = image_path(config, task)
-        if not original.exists():
-            return _gone(task)
-        kept = thumbnail_path(config, task.id)
-        try:
-            data = _kept(kept) or decoder.thumbnail(original)
-        except (images.ImageError, FileNotFoundError):
-            return _gone(task)
-        if not kept.exists():
-            _keep(kept, data)
-            if database.get(task.id) is None:
-                kept.unlink(missing_ok=True)
-        return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
 
-    return routes
+@bp.get("/images/<task_id>/thumbnail")
+def thumbnail(task_id: str) -> Response:
+    task = known(task_id)
+    if task.status != "completed":
+        return _not_yet_or_never(task)
+    original = image_path(service.config, task)
+    if not original.exists():
+        return _gone(task)
+    kept = thumbnail_path(service.config, task.id)
+    try:
+        data = _kept(kept) or service.decoder.thumbnail(original)
+    except (ImageError, FileNotFoundError):
+        return _gone(task)
+    if not kept.exists():
+        _keep(kept, data)
+        if service.database.get(task.id) is None:
+            kept.unlink(missing_ok=True)
+    return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
 
 
 def _kept(path: Path) -> bytes | None:
@@ -71,7 +68,7 @@ def _keep(path: Path, data: bytes) -> None:
     """Keep a thumbnail; where that fails, it is made again the next time."""
     try:
         path.parent.mkdir(exist_ok=True)
-        images.store(path, data)
+        outputs.store(path, data)
     except OSError as error:
         log.warning("a thumbnail cannot be kept: %s", error)
 

@@ -1,0 +1,208 @@
+"""What is passed between the modules: tasks, calls, holds, images, and the lists of words."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+ALL_MODELS = "*"
+STATUSES = ("pending", "processing", "completed", "failed")
+ERROR_CODES = (
+    *("upstream_auth", "upstream_payment", "upstream_rejected", "upstream_error"),
+    *("upstream_timeout", "upstream_truncated", "not_an_image", "image_too_large"),
+    *("interrupted", "expired", "canceled", "storage", "internal"),
+)
+
+
+class QueueFull(Exception):
+    """There are as many pending tasks as are allowed; nothing was stored."""
+
+
+class LowOnDisk(Exception):
+    """Less disk space is free than the floor allows; nothing was stored."""
+
+
+class KeyReused(Exception):
+    """The idempotency key came with another input before; nothing was stored."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """An idempotency key of a client, and the fingerprint of the input that it came with."""
+
+    client: str
+    text: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to make, as it stood when it was read.
+
+    `attempts` are those that counted, `calls` all that were made; a call is known by
+    the number that `calls` had while it ran. `not_before` is epoch seconds, and null
+    where the task may run at once; the other times are UTC text. `bytes`, `width`,
+    `height` and `sha256` are the finished picture's.
+    """
+
+    seq: int
+    id: str
+    prompt: str
+    status: str
+    file_path: str | None
+    error: str | None
+    created_at: str
+    updated_at: str
+    error_code: str | None
+    model: str
+    params: dict[str, Any]
+    priority: int
+    attempts: int
+    calls: int
+    not_before: float | None
+    last_error: str | None
+    started_at: str | None
+    finished_at: str | None
+    content_type: str | None
+    bytes: int | None
+    width: int | None
+    height: int | None
+    sha256: str | None
+    canceling: int
+    retried_as: str | None
+
+
+@dataclass(frozen=True)
+class NewTask:
+    """One image to make, as it is added; `params` is what is sent beside prompt and model."""
+
+    id: str
+    prompt: str
+    model: str
+    params: dict[str, Any]
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of an upstream call that has ended."""
+
+    outcome: str
+    seconds: float | None = None
+    http_status: int | None = None
+    invocation_id: str | None = None
+    quota: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class PastCall:
+    """One upstream call of a task; `seconds` and `outcome` are null while it runs."""
+
+    number: int
+    started: str
+    seconds: float | None
+    http_status: int | None
+    outcome: str | None
+    invocation_id: str | None
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why the tasks of a model (or of ALL_MODELS) wait, and until when (epoch seconds).
+
+    `step` is the wait in seconds that the next failure doubles, `room` the bytes that
+    must be free on the disk, `probe` the one task that tries while the others wait.
+    """
+
+    model: str
+    reason: str
+    until: float
+    step: float
+    room: int
+    probe: str | None
+
+
+@dataclass(frozen=True)
+class NewHold:
+    """A hold to be set: `wait` seconds if Chutes named them, else `step`, which doubles."""
+
+    model: str
+    reason: str
+    step: float
+    most: float
+    wait: float | None = None
+    room: int = 0
+
+
+@dataclass(frozen=True)
+class Queue:
+    """How the whole queue stands. `quota` is Chutes' own: total, used and remaining."""
+
+    pending: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    oldest_pending: str | None
+    calls_today: int
+    holds: tuple[Hold, ...]
+    quota: tuple[float, float, float] | None
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Numbers of all processes since the first start; only tasks and failures can shrink.
+
+    `buckets` are upper bounds in seconds, and how many calls took at most that long.
+    """
+
+    tasks: dict[str, int]
+    failures: dict[str, int]
+    buckets: tuple[tuple[float, int], ...]
+    upstream_seconds: float
+    image_bytes: int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a pending task waits for: its place in the line and all that holds it."""
+
+    ahead: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    holds: tuple[Hold, ...]
+    next_start: float | None
+    calls_today: int = 0
+
+
+class Remedy(Enum):
+    """What a failed call asks of the queue."""
+
+    FAIL = "the task has failed"
+    PAUSE = "the task has failed, and so would all others: pause the queue"
+    RETRY = "the attempt counts; another may help"
+    HOLD_MODEL = "not the task's fault: hold its model, no attempt counted"
+    HOLD_ALL = "not the task's fault: hold all tasks, no attempt counted"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an answer of Chutes said beside its body; nothing where there was none.
+
+    `quota` is the day's: total, used and remaining.
+    """
+
+    status: int | None = None
+    invocation_id: str | None = None
+    quota: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Image:
+    """The facts of a whole image file; `extension` is without the dot."""
+
+    content_type: str
+    extension: str
+    bytes: int
+    width: int
+    height: int
+    sha256: str

@@ -1,0 +1,50 @@
+"""What leaves the server holds no secret: the spellings of one, and texts that repeat a part."""
+
+import functools
+import json
+import re
+from urllib.parse import quote, unquote
+
+# So many characters of a secret in a row are a part of it, and not a coincidence.
+_TELLING = 12
+
+
+def scrub(text: str, secrets: tuple[str, ...]) -> str:
+    """Return the text with the secrets in it replaced by `***`.
+
+    In whatever case, and as they are written in an address, in JSON and by repr().
+    """
+    return _any_spelling(secrets).sub("***", text)
+
+
+def reveals_secret(text: str, secrets: tuple[str, ...]) -> bool:
+    """Tell whether a text repeats a secret or a part of one that is worth guarding.
+
+    A part is _TELLING characters; blanks between them, percent signs, backslashes and
+    case make no difference.
+    """
+    told = _skeleton(text)
+    return any(
+        secret[start : start + _TELLING] in told
+        for secret in map(_skeleton, secrets)
+        for start in range(len(secret) - _TELLING + 1)
+    )
+
+
+@functools.cache
+def _any_spelling(secrets: tuple[str, ...]) -> re.Pattern[str]:
+    spellings = {
+        spelt
+        for secret in secrets
+        for spelt in (
+            *(secret, quote(secret), quote(secret, safe="")),
+            *(json.dumps(secret)[1:-1], repr(secret)[1:-1]),
+        )
+    }
+    longest_first = sorted(spellings, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
+
+
+def _skeleton(text: str) -> str:
+    """Return the letters, digits and signs of a text, whatever was put between them."""
+    return re.sub(r"[^!-~]|\\", "", unquote(text)).lower()

@@ -1,0 +1,96 @@
+CREATE TABLE tasks (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  id TEXT NOT NULL UNIQUE,
+  prompt TEXT NOT NULL,
+  status TEXT NOT NULL CHECK (status IN ('pending', 'processing', 'completed', 'failed')),
+  file_path TEXT,
+  error TEXT,
+  created_at TEXT NOT NULL,
+  updated_at TEXT NOT NULL,
+  error_code TEXT,
+  model TEXT NOT NULL,
+  params TEXT NOT NULL,
+  priority INTEGER NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0,
+  calls INTEGER NOT NULL DEFAULT 0,
+  not_before REAL,
+  last_error TEXT,
+  started_at TEXT,
+  finished_at TEXT,
+  content_type TEXT,
+  bytes INTEGER,
+  width INTEGER,
+  height INTEGER,
+  sha256 TEXT,
+  canceling INTEGER NOT NULL DEFAULT 0,
+  retried_as TEXT
+) STRICT;
+
+CREATE INDEX tasks_ready ON tasks (model, priority DESC, seq)
+  WHERE status = 'pending' AND not_before IS NULL;
+CREATE INDEX tasks_later ON tasks (not_before)
+  WHERE status = 'pending' AND not_before IS NOT NULL;
+CREATE INDEX tasks_line ON tasks (priority DESC, seq) WHERE status = 'pending';
+CREATE INDEX tasks_age ON tasks (created_at) WHERE status = 'pending';
+CREATE INDEX tasks_processing ON tasks (seq) WHERE status = 'processing';
+
+CREATE INDEX tasks_canceling ON tasks (seq) WHERE status = 'processing' AND canceling;
+CREATE INDEX tasks_status ON tasks (status, seq);
+CREATE INDEX tasks_model ON tasks (model, seq);
+CREATE INDEX tasks_status_model ON tasks (status, model, seq);
+CREATE INDEX tasks_unretried ON tasks (error_code, seq)
+  WHERE status = 'failed' AND retried_as IS NULL;
+CREATE INDEX tasks_unretried_line ON tasks (seq)
+  WHERE status = 'failed' AND retried_as IS NULL;
+
+CREATE INDEX tasks_finished ON tasks (finished_at) WHERE finished_at IS NOT NULL;
+
+-- How many calls took at most so many seconds; 9e999 is infinity.
+CREATE TABLE buckets (le REAL PRIMARY KEY, calls INTEGER NOT NULL DEFAULT 0) STRICT;
+INSERT INTO buckets (le) VALUES (0.5), (1), (2.5), (5), (10), (20), (40), (80), (160), (320),
+  (640), (9e999);
+
+CREATE TABLE idempotency (
+  client TEXT NOT NULL,
+  key TEXT NOT NULL,
+  fingerprint TEXT NOT NULL,
+  task TEXT NOT NULL, -- or tasks, separated by spaces
+  created REAL NOT NULL,
+  PRIMARY KEY (client, key)
+) STRICT;
+CREATE INDEX idempotency_created ON idempotency (created);
+
+CREATE TABLE removals (id TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+
+CREATE TABLE calls (
+  task TEXT NOT NULL,
+  number INTEGER NOT NULL,
+  started REAL NOT NULL,
+  seconds REAL,
+  http_status INTEGER,
+  outcome TEXT,
+  invocation_id TEXT,
+  PRIMARY KEY (task, number)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX calls_started ON calls (started);
+
+CREATE TABLE holds (
+  model TEXT PRIMARY KEY,
+  reason TEXT NOT NULL,
+  until REAL NOT NULL,
+  step REAL NOT NULL,
+  room INTEGER NOT NULL,
+  probe TEXT
+) STRICT;
+
+CREATE TABLE queue (
+  id INTEGER PRIMARY KEY CHECK (id = 1),
+  paused INTEGER NOT NULL DEFAULT 0,
+  pause_reason TEXT,
+  quota_total ANY,
+  quota_used ANY,
+  quota_remaining ANY,
+  upstream_seconds REAL NOT NULL DEFAULT 0,
+  image_bytes INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO queue (id) VALUES (1);

@@ -1,0 +1,1 @@
+"""The HTTP face: all that knows Flask, but for the factory."""
