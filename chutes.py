@@ -23,7 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
 from config import Config
-from records import Remedy, Reply
+from records import AttemptError, Remedy, Reply
 
 MAX_RETRY_AFTER = 3600.0
 # A quota is a day's or a month's; a later reset is an error of the answer.
@@ -37,14 +37,8 @@ _DETAIL_LENGTH = 300
 _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
 
 
-class ChutesError(Exception):
-    """A call without a picture.
-
-    `headline` is a short reason, the whole message a sentence to act on, both free of
-    secrets. `code` is the task's error_code, or a word for the record where the task
-    lives on. `wait` is in seconds, where Chutes named a time; `room` the bytes of disk
-    that were not enough.
-    """
+class ChutesError(AttemptError):
+    """A call without a picture."""
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ from typing import Any
 
 from records import (
     ALL_MODELS,
-    Call,
+    CANCELED,
+    Ending,
     Hold,
     Key,
     KeyReused,
@@ -76,8 +77,7 @@ class Database:
 
     Every write is one transaction, on disk (fsync) when the method returns, under a
     lock that all processes share: SQLite before 3.51.3 can lose committed rows when
-    two connections write or checkpoint at the same instant. A method that ends a call
-    returns False, and leaves the task alone, when the task is no longer in that call.
+    two connections write or checkpoint at the same instant.
     Open it after a fork, and close it in the same process. Raises DatabaseError.
     """
 
@@ -255,89 +255,27 @@ class Database:
             )
             return task
 
-    def complete(self, task: Task, call: Call, path: Path, image: Any, now: float) -> bool:
-        """End the task's call with a picture, whose facts `image` has as attributes."""
-        with self._ending(task, call) as connection:
-            if not _changed(
-                connection.execute(
-                    f"""UPDATE tasks SET status = 'completed', attempts = attempts + 1,
-                          file_path = :path, content_type = :content_type, bytes = :bytes,
-                          width = :width, height = :height, sha256 = :sha256,
-                          updated_at = :stamp, finished_at = :stamp
-                        WHERE {_IN_THIS_CALL}""",
-                    {
-                        **_this_call(task, now),
-                        "path": str(path),
-                        "content_type": image.content_type,
-                        "bytes": image.bytes,
-                        "width": image.width,
-                        "height": image.height,
-                        "sha256": image.sha256,
-                    },
-                )
-            ):
-                return False
-            connection.execute("UPDATE queue SET image_bytes = image_bytes + ?", (image.bytes,))
-            _lift_probed(connection, task)
-            return True
+    def finish(self, task: Task, end: Ending, now: float) -> bool:
+        """End the task's call, and with it the task, its hold and the queue's run as `end` says.
 
-    def fail(
-        self,
-        task: Task,
-        call: Call,
-        code: str,
-        error: str,
-        now: float,
-        pause_reason: str | None = None,
-        counted: int = 1,
-    ) -> bool:
-        """End the task's call and the task with an error; with a reason, pause the queue too."""
-        with self._ending(task, call) as connection:
-            if not _changed(
-                connection.execute(
-                    f"""UPDATE tasks SET status = 'failed', attempts = attempts + :counted,
-                          error_code = :code, error = :error,
-                          updated_at = :stamp, finished_at = :stamp
-                        WHERE {_IN_THIS_CALL}""",
-                    {
-                        **_this_call(task, now),
-                        "code": code,
-                        "error": error,
-                        "counted": int(counted),
-                    },
-                )
-            ):
+        Where the task is no longer in that call, only the call is ended; returns False.
+        """
+        with self._write() as connection:
+            _end_call(connection, task, end)
+            if not _end_attempt(connection, task, end, now):
                 return False
-            if counted:
-                _lift_probed(connection, task)
-            connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
-            if pause_reason:
+            if end.image:
+                connection.execute(
+                    "UPDATE queue SET image_bytes = image_bytes + ?", (end.image.bytes,)
+                )
+            if end.hold:
+                _set_hold(connection, end.hold, task, now)
+            _end_probe(connection, task, end)
+            if end.pause_reason:
                 connection.execute(
                     "UPDATE queue SET paused = 1, pause_reason = ? WHERE NOT paused",
-                    (pause_reason,),
+                    (end.pause_reason,),
                 )
-            return True
-
-    def retry_later(
-        self, task: Task, call: Call, error: str, not_before: float | None, now: float
-    ) -> bool:
-        """End a call that counts as an attempt, and make the task pending again."""
-        with self._ending(task, call) as connection:
-            if not _put_back(connection, task, 1, not_before, error, now):
-                return False
-            _lift_probed(connection, task)
-            return True
-
-    def put_back(self, task: Task, call: Call, hold: NewHold | None, now: float) -> bool:
-        """End a call that does not count, make the task pending again, and set the hold."""
-        with self._ending(task, call) as connection:
-            if not _put_back(connection, task, 0, None, task.last_error, now):
-                return False
-            if hold:
-                _set_hold(connection, hold, task, now)
-            if hold and hold.model != ALL_MODELS:
-                _lift_probed(connection, task)
-            connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
             return True
 
     def newest(
@@ -397,7 +335,7 @@ class Database:
     def cancel(self, id: str, now: float) -> None:
         """Fail a pending task at once, and have the call of one that is processing cut."""
         with self._write() as connection:
-            connection.execute(_CANCEL, {"id": id, "stamp": stamp(now)})
+            connection.execute(_CANCEL, _cancel(id, now))
             connection.execute(
                 "UPDATE tasks SET canceling = 1 WHERE id = ? AND status = 'processing'", (id,)
             )
@@ -738,74 +676,83 @@ class Database:
             except sqlite3.Error as error:
                 raise _ours(error, "read") from error
 
-    @contextmanager
-    def _ending(self, task: Task, call: Call) -> Iterator[sqlite3.Connection]:
-        """Write, with the end of the call in the same transaction."""
-        with self._write() as connection:
-            connection.execute(
-                """UPDATE calls SET outcome = ?, seconds = ?, http_status = ?, invocation_id = ?
-                   WHERE task = ? AND number = ? AND outcome IS NULL""",
-                (
-                    call.outcome,
-                    call.seconds,
-                    call.http_status,
-                    call.invocation_id,
-                    task.id,
-                    task.calls,
-                ),
-            )
-            if call.seconds is not None:
-                connection.execute(
-                    "UPDATE buckets SET calls = calls + 1 WHERE le >= ?", (call.seconds,)
-                )
-                connection.execute(
-                    "UPDATE queue SET upstream_seconds = upstream_seconds + ?", (call.seconds,)
-                )
-            if call.quota:
-                connection.execute(
-                    "UPDATE queue SET quota_total = ?, quota_used = ?, quota_remaining = ?",
-                    call.quota,
-                )
-            yield connection
 
-
-CANCELED = "A client canceled the task"
-
-_CANCEL = f"""UPDATE tasks SET status = 'failed', error_code = 'canceled', error = '{CANCELED}',
-                updated_at = :stamp, finished_at = :stamp
-              WHERE id = :id AND status = 'pending'"""
+_CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,
+               updated_at = :stamp, finished_at = :stamp
+             WHERE id = :id AND status = 'pending'"""
 
 _ADD_AGAIN = """INSERT INTO tasks
                   (id, prompt, model, params, priority, status, created_at, updated_at)
                 SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp
                 FROM tasks"""
 
-_IN_THIS_CALL = "id = :id AND status = 'processing' AND calls = :calls"
+
+def _cancel(task_id: str, now: float) -> dict[str, Any]:
+    return {
+        "id": task_id,
+        "code": CANCELED.outcome,
+        "error": CANCELED.error,
+        "stamp": stamp(now),
+    }
 
 
-def _this_call(task: Task, now: float) -> dict[str, Any]:
-    return {"id": task.id, "calls": task.calls, "stamp": stamp(now)}
-
-
-def _put_back(
-    connection: sqlite3.Connection,
-    task: Task,
-    counted: int,
-    not_before: float | None,
-    error: str | None,
-    now: float,
-) -> bool:
-    changed = _changed(
+def _end_call(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
+    connection.execute(
+        """UPDATE calls SET outcome = ?, seconds = ?, http_status = ?, invocation_id = ?
+           WHERE task = ? AND number = ? AND outcome IS NULL""",
+        (
+            *(end.outcome, end.seconds, end.reply.status, end.reply.invocation_id),
+            *(task.id, task.calls),
+        ),
+    )
+    if end.seconds is not None:
+        connection.execute("UPDATE buckets SET calls = calls + 1 WHERE le >= ?", (end.seconds,))
         connection.execute(
-            f"""UPDATE tasks SET status = 'pending', attempts = attempts + :counted,
-                  not_before = :not_before, last_error = :error, updated_at = :stamp
-                WHERE {_IN_THIS_CALL}""",
-            {**_this_call(task, now), "counted": counted, "not_before": not_before, "error": error},
+            "UPDATE queue SET upstream_seconds = upstream_seconds + ?", (end.seconds,)
         )
+    if end.reply.quota:
+        connection.execute(
+            "UPDATE queue SET quota_total = ?, quota_used = ?, quota_remaining = ?",
+            end.reply.quota,
+        )
+
+
+def _end_attempt(connection: sqlite3.Connection, task: Task, end: Ending, now: float) -> bool:
+    has_failed, is_pending = end.status == "failed", end.status == "pending"
+    facts = vars(end.image) if end.image else {}
+    cursor = connection.execute(
+        """UPDATE tasks SET status = :status, attempts = attempts + :counted,
+             not_before = :not_before, last_error = coalesce(:last_error, last_error),
+             error_code = :error_code, error = :error, file_path = :path,
+             content_type = :content_type, bytes = :bytes, width = :width, height = :height,
+             sha256 = :sha256, updated_at = :stamp, finished_at = :finished_at
+           WHERE id = :id AND status = 'processing' AND calls = :calls""",
+        {
+            **dict.fromkeys(("content_type", "bytes", "width", "height", "sha256")),
+            **facts,
+            "status": end.status,
+            "counted": end.counted,
+            "not_before": end.not_before,
+            "last_error": end.error if is_pending else None,
+            "error_code": end.outcome if has_failed else None,
+            "error": end.error if has_failed else None,
+            "path": end.path and str(end.path),
+            "stamp": stamp(now),
+            "finished_at": None if is_pending else stamp(now),
+            "id": task.id,
+            "calls": task.calls,
+        },
     )
     # A task that is being canceled has no next attempt.
-    connection.execute(_CANCEL + " AND canceling", {"id": task.id, "stamp": stamp(now)})
-    return changed
+    connection.execute(_CANCEL + " AND canceling", _cancel(task.id, now))
+    return _changed(cursor)
+
+
+def _end_probe(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
+    """Lift the holds that the task probed and got past; leave the others to the next probe."""
+    if end.counted or (end.hold and end.hold.model != ALL_MODELS):
+        connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
+    connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
 
 
 def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: float) -> None:
@@ -832,11 +779,6 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
             "now": now,
         },
     )
-
-
-def _lift_probed(connection: sqlite3.Connection, task: Task) -> None:
-    """Lift the holds that this task probed, but for the one it has just set again."""
-    connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
 
 
 def _note_removal(connection: sqlite3.Connection, task_id: str, limits_since: float) -> None:

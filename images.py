@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image as Pillow
 
-from records import Image
+from records import AttemptError, Image, Remedy
 
 MAX_PIXELS = 4096 * 4096
 THUMBNAIL_SIDE = 512
@@ -18,11 +18,10 @@ THUMBNAIL_SIDE = 512
 _BROKEN = "The image ended early or does not decode"
 
 
-class ImageError(Exception):
-    """A file that is no picture to keep: `code` says why, `again` if another call may help."""
+class ImageError(AttemptError):
+    """A file that is no picture to keep."""
 
     code = "upstream_truncated"
-    again = True
 
 
 class NotAnImage(ImageError):
@@ -39,7 +38,7 @@ class TooManyPixels(ImageError):
     """The picture is larger than MAX_PIXELS."""
 
     code = "image_too_large"
-    again = False
+    remedy = Remedy.FAIL
 
 
 class Decoder:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 ALL_MODELS = "*"
@@ -80,17 +81,6 @@ class NewTask:
     model: str
     params: dict[str, Any]
     priority: int = 0
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is known of an upstream call that has ended."""
-
-    outcome: str
-    seconds: float | None = None
-    http_status: int | None = None
-    invocation_id: str | None = None
-    quota: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,16 +164,6 @@ class Standing:
     calls_today: int = 0
 
 
-class Remedy(Enum):
-    """What a failed call asks of the queue."""
-
-    FAIL = "the task has failed"
-    PAUSE = "the task has failed, and so would all others: pause the queue"
-    RETRY = "the attempt counts; another may help"
-    HOLD_MODEL = "not the task's fault: hold its model, no attempt counted"
-    HOLD_ALL = "not the task's fault: hold all tasks, no attempt counted"
-
-
 @dataclass(frozen=True)
 class Reply:
     """What an answer of Chutes said beside its body; nothing where there was none.
@@ -206,3 +186,57 @@ class Image:
     width: int
     height: int
     sha256: str
+
+
+class Remedy(Enum):
+    """What a failed call asks of the queue."""
+
+    FAIL = "the task has failed"
+    PAUSE = "the task has failed, and so would all others: pause the queue"
+    RETRY = "the attempt counts; another may help"
+    HOLD_MODEL = "not the task's fault: hold its model, no attempt counted"
+    HOLD_ALL = "not the task's fault: hold all tasks, no attempt counted"
+
+
+class AttemptError(Exception):
+    """A call that made no image; the message is a sentence to act on, free of secrets.
+
+    `remedy` says what the queue is to do, `code` is the task's error_code, or a word for
+    the record where the task lives on. For a hold: `headline` is a short reason, `wait`
+    the seconds that were named, `room` the bytes of disk that were not enough.
+    """
+
+    remedy = Remedy.RETRY
+    code = ""
+    headline = ""
+    wait: float | None = None
+    room = 0
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a call ended, and what becomes of its task.
+
+    The task's `status` is then completed (with the image and its path), failed, or pending
+    again, at once or after `not_before` (epoch seconds). `outcome` is a word for the call,
+    and the error_code of a task that failed. A call that was not `counted` used up no
+    attempt. `hold` and `pause_reason` are for the tasks that wait. `seconds` is what the
+    call took, if it was this process that made it.
+    """
+
+    outcome: str
+    status: str
+    counted: bool = True
+    error: str | None = None
+    not_before: float | None = None
+    reply: Reply = Reply()
+    path: Path | None = None
+    image: Image | None = None
+    hold: NewHold | None = None
+    pause_reason: str | None = None
+    seconds: float | None = None
+
+
+CANCELED = Ending("canceled", "failed", counted=False, error="A client canceled the task")
+SHUTDOWN = Ending("shutdown", "pending", counted=False)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ import chutes
 import db
 import images
 import outputs
-from chutes import ChutesError, Cut, Line
+from chutes import Cut, Line
 from config import Config
 from db import Database, DatabaseError
-from records import ALL_MODELS, Call, Image, NewHold, Remedy, Reply, Task
+from records import (
+    ALL_MODELS,
+    CANCELED,
+    SHUTDOWN,
+    AttemptError,
+    Ending,
+    Image,
+    NewHold,
+    Remedy,
+    Reply,
+    Task,
+)
 from waiters import Waiters
 
 LOOK_SECONDS = 0.02
@@ -143,7 +155,7 @@ class Worker:
                 self._insist(self._recover, self._should_drain)
                 while not self._should_drain():
                     self._turn(pool)
-                self._finish()
+                self._finish_all()
                 self.waiters.release()
 
     def _should_drain(self) -> bool:
@@ -202,8 +214,7 @@ class Worker:
         log.error("no thread for a call: %s", error, extra={"task": task.id})
         # The pool may have kept the work for another thread: a cut line makes no call.
         line.cut("shutdown")
-        put_back = functools.partial(self._db.put_back, task, Call("shutdown"), None)
-        self._insist(lambda: put_back(self._clock()), self._over.is_set)
+        self._insist(lambda: self._db.finish(task, SHUTDOWN, self._clock()), self._over.is_set)
         self._running.pop(task.id)
         if "interpreter" in str(error):
             self.drain()
@@ -299,21 +310,17 @@ class Worker:
             return  # It was taken back, and perhaps claimed anew.
         part = outputs.part_path(self._config, task.id)
         began = time.monotonic()
-        try:
-            end = self._try(task, part, line)
-        except Exception as error:
-            log.exception("a defect of this server", extra={"task": task.id})
-            message = f"A defect of this server ({type(error).__name__}); its log tells more"
-            end = functools.partial(self._fail, task, "internal", message, Reply())
+        end = self._call(task, part, line)
         # Before the row: what dies in between is still found as an orphan.
         with suppress(OSError):  # A folder that cannot be written must not stop the end.
             part.unlink(missing_ok=True)
-        self._insist(functools.partial(end, time.monotonic() - began), self._over.is_set)
+        end = replace(end, seconds=time.monotonic() - began)
+        self._insist(lambda: self._finish(task, end), self._over.is_set)
         self._running.pop(task.id, None)
         self._wake.set()
 
-    def _try(self, task: Task, part: Path, line: Line) -> Callable[[float], None]:
-        """Fetch and keep the image; return how the attempt is to be ended, given its seconds."""
+    def _call(self, task: Task, part: Path, line: Line) -> Ending:
+        """Fetch and keep the image; return how that ended."""
         reply = Reply()
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -321,28 +328,28 @@ class Worker:
             image = self._decoder.inspect(part)
             path = outputs.keep(part, self._config.output_dir / task.id, image.extension)
         except Cut as cut:
-            if str(cut) == "canceled":
-                return functools.partial(
-                    self._fail, task, "canceled", db.CANCELED, reply, counted=0
-                )
-            return functools.partial(self._put_back, task, str(cut), reply, None)
-        except images.ImageError as error:
-            end = self._retry if error.again else self._fail
-            return functools.partial(end, task, error.code, str(error), reply)
-        except ChutesError as error:
-            return self._remedy(task, error)
+            return CANCELED if str(cut) == "canceled" else replace(SHUTDOWN, outcome=str(cut))
+        except AttemptError as error:
+            return self._consequence(task, error, error.reply or reply)
         except OSError as error:
-            return self._remedy(task, chutes.disk_error(error, part))
-        return functools.partial(self._complete, task, path, image, reply)
+            return self._consequence(task, chutes.disk_error(error, part), Reply())
+        except Exception as error:
+            log.exception("a defect of this server", extra={"task": task.id})
+            message = f"A defect of this server ({type(error).__name__}); its log tells more"
+            return Ending("internal", "failed", error=message)
+        return Ending("completed", "completed", reply=reply, path=path, image=image)
 
-    def _remedy(self, task: Task, error: ChutesError) -> Callable[[float], None]:
+    def _consequence(self, task: Task, error: AttemptError, reply: Reply) -> Ending:
+        """Return what a failed call means for its task, and for the others."""
+        end = Ending(error.code, "failed", error=str(error), reply=reply)
+        if error.remedy is Remedy.FAIL:
+            return end
+        if error.remedy is Remedy.PAUSE:
+            return replace(end, pause_reason=error.headline)
         if error.remedy is Remedy.RETRY:
-            return functools.partial(self._retry, task, error.code, str(error), error.reply)
-        if error.remedy in (Remedy.FAIL, Remedy.PAUSE):
-            pause = error.headline if error.remedy is Remedy.PAUSE else None
-            return functools.partial(
-                self._fail, task, error.code, str(error), error.reply, pause_reason=pause
-            )
+            wait = backoff(task.attempts + 1, self._config.retry_backoff, self._jitter())
+            return self._another_attempt(task, replace(end, not_before=self._clock() + wait))
+        log.warning("%s", error, extra={"task": task.id})
         hold = NewHold(
             model=task.model if error.remedy is Remedy.HOLD_MODEL else ALL_MODELS,
             reason=error.headline,
@@ -351,73 +358,45 @@ class Worker:
             wait=error.wait,
             room=error.room,
         )
-        log.warning("%s", error, extra={"task": task.id})
-        return functools.partial(self._put_back, task, error.code, error.reply, hold)
+        return Ending(error.code, "pending", counted=False, reply=reply, hold=hold)
 
-    def _complete(
-        self, task: Task, path: Path, image: Image, reply: Reply, seconds: float | None
-    ) -> None:
-        call = self._ended(task, "completed", reply, seconds)
-        if not self._db.complete(task, call, path, image, self._clock()):
-            path.unlink(missing_ok=True)
-        self.waiters.ended(task.id)
+    def _another_attempt(self, task: Task, end: Ending) -> Ending:
+        """Return the ending with another attempt to follow, if there is one left."""
+        attempts, most = task.attempts + 1, self._config.max_attempts
+        is_over = end.outcome == "interrupted" and self._config.interrupted == "fail"
+        if attempts < most and not is_over:
+            return replace(end, status="pending")
+        error = f"{end.error} (attempt {attempts} of {max(attempts, most)})"
+        return replace(end, error=error, not_before=None)
 
-    def _fail(
-        self,
-        task: Task,
-        code: str,
-        message: str,
-        reply: Reply,
-        seconds: float | None,
-        pause_reason: str | None = None,
-        counted: int = 1,
-    ) -> None:
-        call = self._ended(task, code, reply, seconds, message)
-        self._db.fail(task, call, code, message, self._clock(), pause_reason, counted)
-        self.waiters.ended(task.id)
-        if pause_reason:
-            log.error("the queue pauses itself: %s", pause_reason)
-
-    def _retry(
-        self, task: Task, code: str, message: str, reply: Reply, seconds: float | None
-    ) -> None:
-        attempts = task.attempts + 1
-        if attempts >= self._config.max_attempts:
-            self._fail(task, code, f"{message} (attempt {attempts} of {attempts})", reply, seconds)
-            return
-        call = self._ended(task, code, reply, seconds, message)
-        now = self._clock()
-        wait = backoff(attempts, self._config.retry_backoff, self._jitter())
-        self._db.retry_later(task, call, message, now + wait, now)
-
-    def _put_back(
-        self, task: Task, outcome: str, reply: Reply, hold: NewHold | None, seconds: float | None
-    ) -> None:
-        call = self._ended(task, outcome, reply, seconds)
-        self._db.put_back(task, call, hold, self._clock())
-
-    def _ended(
-        self,
-        task: Task,
-        outcome: str,
-        reply: Reply,
-        seconds: float | None,
-        message: str | None = None,
-    ) -> Call:
-        """Log the one line of an attempt, and return what the database keeps of it."""
+    def _finish(self, task: Task, end: Ending) -> None:
+        """Write down how a call ended, and log it in one line."""
+        is_ours = self._db.finish(task, end, self._clock())
         log.info(
             "attempt ended",
             extra={
                 "task": task.id,
                 "call": task.calls,
                 "model": task.model,
-                "outcome": outcome,
-                "status": reply.status,
-                "seconds": seconds and round(seconds, 3),
-                "reason": message,
+                "outcome": end.outcome,
+                "status": end.reply.status,
+                "seconds": end.seconds and round(end.seconds, 3),
+                "reason": end.error,
             },
         )
-        return Call(outcome, seconds, reply.status, reply.invocation_id, reply.quota)
+        if end.path and not is_ours:
+            self._discard(task, end.path)
+        if end.status != "pending":
+            self.waiters.ended(task.id)
+        if end.pause_reason:
+            log.error("the queue pauses itself: %s", end.pause_reason)
+
+    def _discard(self, task: Task, path: Path) -> None:
+        """Remove an image that its task does not want: it was ended in another way meanwhile."""
+        now = self._db.get(task.id)
+        # A write whose success was not told is tried again, and finds its own work done.
+        if now is None or now.file_path != str(path):
+            path.unlink(missing_ok=True)
 
     def _insist(self, write: Callable[[], None], gives_up: Callable[[], bool]) -> None:
         """Write to the database, again each second until it takes it or `gives_up` says so."""
@@ -439,15 +418,20 @@ class Worker:
         for task_id in self._db.removals():
             self._finish_removal(task_id)
         for task in self._db.orphans():
-            found = None
-            try:
-                found = self._finished_file(task)
-            except OSError:
-                log.exception("a file of an orphan cannot be read", extra={"task": task.id})
-            if found:
-                self._complete(task, *found, Reply(), None)
-            else:
-                self._interrupted(task)
+            self._finish(task, self._orphan_ending(task))
+
+    def _orphan_ending(self, task: Task) -> Ending:
+        """Return how the call ended that was under way when its process died."""
+        try:
+            if found := self._finished_file(task):
+                path, image = found
+                return Ending("completed", "completed", path=path, image=image)
+        except OSError:
+            log.exception("a file of an orphan cannot be read", extra={"task": task.id})
+        if task.canceling:
+            return CANCELED
+        message = "The server died while the call to Chutes was under way"
+        return self._another_attempt(task, Ending("interrupted", "failed", error=message))
 
     def _finished_file(self, task: Task) -> tuple[Path, Image] | None:
         """Return the picture of an orphan that was whole when its process died."""
@@ -462,20 +446,7 @@ class Worker:
             return path, image
         return None
 
-    def _interrupted(self, task: Task) -> None:
-        if task.canceling:
-            self._fail(task, "canceled", db.CANCELED, Reply(), None, counted=0)
-            return
-        message = "The server died while the call to Chutes was under way"
-        attempts = task.attempts + 1
-        if self._config.interrupted == "fail" or attempts >= self._config.max_attempts:
-            advice = f"{message} (attempt {attempts} of {self._config.max_attempts})"
-            self._fail(task, "interrupted", advice, Reply(), None)
-            return
-        call = self._ended(task, "interrupted", Reply(), None, message)
-        self._db.retry_later(task, call, message, None, self._clock())
-
-    def _finish(self) -> None:
+    def _finish_all(self) -> None:
         """Wait for the calls under way, cut them when the grace is over, and wait again."""
         if self._running:
             log.info(
@@ -489,10 +460,8 @@ class Worker:
         self._over.set()
         # What cannot be cut, such as the look-up of a name, must not count either.
         for task, _ in list(self._running.values()):
-            self._insist(
-                functools.partial(self._db.put_back, task, Call("shutdown"), None, self._clock()),
-                self._over.is_set,
-            )
+            put_back = functools.partial(self._db.finish, task, SHUTDOWN, self._clock())
+            self._insist(put_back, self._over.is_set)
 
     def _wait_for_calls(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

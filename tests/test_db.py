@@ -5,15 +5,19 @@ import multiprocessing
 import sqlite3
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import db
 from db import Database, DatabaseError
-from records import ALL_MODELS, Call, Image, NewHold, NewTask
+from records import ALL_MODELS, SHUTDOWN, Ending, Image, NewHold, NewTask, Reply
 
 NOW = 1_790_000_000.0
 PICTURE = Image("image/png", "png", 3, 1, 1, "0" * 64)
+COMPLETED = Ending("completed", "completed", path=Path("p"), image=PICTURE)
+FAILED = Ending("storage", "failed", error="e")
 
 
 def add(database, *names, model="m", priority=0, now=NOW):
@@ -32,6 +36,16 @@ def claimed(database, now=NOW):
 
 def hold(model="m", **values):
     return NewHold(model, **{"reason": "busy", "step": 5, "most": 300, **values})
+
+
+def held(model="m", **values):
+    """Return the ending of a call that found no capacity."""
+    return Ending("unavailable", "pending", counted=False, hold=hold(model, **values))
+
+
+def retry(error="e", not_before=None):
+    """Return the ending of a call that another may follow."""
+    return Ending("upstream_error", "pending", error=error, not_before=not_before)
 
 
 def test_a_new_task_is_pending(database):
@@ -65,7 +79,7 @@ def test_a_claim_is_for_one(database):
 
 def test_a_task_that_waits_for_its_next_attempt_blocks_no_other(database):
     add(database, "a", "b")
-    database.retry_later(database.claim(NOW), Call("upstream_error"), "failed", NOW + 60, NOW)
+    database.finish(database.claim(NOW), retry("failed", NOW + 60), NOW)
     assert claimed(database, NOW + 59) == ["b"]
     assert not database.has_work(NOW + 59)
     assert database.has_work(NOW + 60)
@@ -77,7 +91,7 @@ def test_completed_tells_the_picture(database, tmp_path):
     add(database, "a")
     task = database.claim(NOW)
     path = tmp_path / "a.png"
-    assert database.complete(task, Call("completed", 1.5, 200, "inv"), path, PICTURE, NOW + 2)
+    assert database.finish(task, replace(COMPLETED, path=path), NOW + 2)
     task = database.get("a")
     assert (task.status, task.attempts, task.file_path) == ("completed", 1, str(path))
     assert (task.content_type, task.bytes, task.sha256) == ("image/png", 3, "0" * 64)
@@ -86,29 +100,9 @@ def test_completed_tells_the_picture(database, tmp_path):
 
 def test_failed_tells_why(database):
     add(database, "a")
-    assert database.fail(database.claim(NOW), Call("storage"), "storage", "no folder", NOW)
+    assert database.finish(database.claim(NOW), replace(FAILED, error="no folder"), NOW)
     task = database.get("a")
     assert (task.status, task.error_code, task.error) == ("failed", "storage", "no folder")
-
-
-ENDINGS = {
-    "complete": lambda d, t: d.complete(t, Call("completed"), "p", PICTURE, NOW),
-    "fail": lambda d, t: d.fail(t, Call("storage"), "storage", "e", NOW, "paused, too"),
-    "retry_later": lambda d, t: d.retry_later(t, Call("upstream_error"), "e", None, NOW),
-    "put_back": lambda d, t: d.put_back(t, Call("unavailable"), hold(), NOW),
-}
-
-
-@pytest.mark.parametrize("late", ENDINGS)
-@pytest.mark.parametrize("newer", ENDINGS)
-def test_a_late_end_changes_nothing_newer(database, late, newer):
-    add(database, "a")
-    task = database.claim(NOW)
-    assert ENDINGS[newer](database, task)
-    database.claim(NOW + 400)
-    before = database.get("a"), database.hold("m"), database.standing(task, None, NOW)
-    assert not ENDINGS[late](database, task)
-    assert before == (database.get("a"), database.hold("m"), database.standing(task, None, NOW))
 
 
 def rows(database, sql):
@@ -119,21 +113,11 @@ def rows(database, sql):
         connection.close()
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_every_call_has_a_row_that_says_how_it_ended(database, ending):
-    add(database, "a")
-    task = database.claim(NOW)
-    sql = "SELECT task, number, started, outcome FROM calls"
-    assert rows(database, sql) == [("a", 1, NOW, None)]
-    ENDINGS[ending](database, task)
-    ((name, number, started, outcome),) = rows(database, sql)
-    assert (name, number, started) == ("a", 1, NOW)
-    assert outcome in ("completed", "storage", "upstream_error", "unavailable")
-
-
 def test_a_call_keeps_what_chutes_said(database):
     add(database, "a")
-    database.fail(database.claim(NOW), Call("upstream_rejected", 0.5, 400, "inv-1"), "c", "e", NOW)
+    end = replace(FAILED, seconds=0.5, reply=Reply(400, "inv-1", (300, 7, 293)))
+    database.finish(database.claim(NOW), end, NOW)
+    assert database.queue(NOW).quota == (300, 7, 293)
     assert rows(database, "SELECT seconds, http_status, invocation_id FROM calls") == [
         (0.5, 400, "inv-1")
     ]
@@ -142,7 +126,7 @@ def test_a_call_keeps_what_chutes_said(database):
 def test_a_held_model_waits_and_others_go_on(database):
     add(database, "a", "b")
     add(database, "x", model="other")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.finish(database.claim(NOW), held(), NOW)
     assert claimed(database, NOW + 4.9) == ["x"]
     assert database.get("a").attempts == 0
     assert database.hold("m").until == NOW + 5
@@ -150,24 +134,24 @@ def test_a_held_model_waits_and_others_go_on(database):
 
 def test_one_probe_tries_when_the_hold_ends(database):
     add(database, "a", "b")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.finish(database.claim(NOW), held(), NOW)
     assert claimed(database, NOW + 5) == ["a"]
     assert database.hold("m").probe == "a"
 
 
 def test_a_probe_that_gets_through_lifts_the_hold(database):
     add(database, "a", "b", "c")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
-    database.complete(database.claim(NOW + 5), Call("completed"), "p", PICTURE, NOW + 6)
+    database.finish(database.claim(NOW), held(), NOW)
+    database.finish(database.claim(NOW + 5), COMPLETED, NOW + 6)
     assert database.hold("m") is None
     assert claimed(database, NOW + 6) == ["b", "c"]
 
 
-@pytest.mark.parametrize("ending", ["fail", "retry_later"])
-def test_a_probe_that_fails_by_its_own_fault_lifts_the_hold(database, ending):
+@pytest.mark.parametrize("end", [FAILED, retry()])
+def test_a_probe_that_fails_by_its_own_fault_lifts_the_hold(database, end):
     add(database, "a", "b")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
-    ENDINGS[ending](database, database.claim(NOW + 5))
+    database.finish(database.claim(NOW), held(), NOW)
+    database.finish(database.claim(NOW + 5), end, NOW)
     assert database.hold("m") is None
 
 
@@ -175,7 +159,7 @@ def test_each_probe_that_fails_doubles_the_hold(database):
     add(database, "a")
     now, steps = NOW, []
     for _ in range(9):
-        database.put_back(database.claim(now), Call("unavailable"), hold(), now)
+        database.finish(database.claim(now), held(), now)
         steps.append(database.hold("m").until - now)
         now = database.hold("m").until
     assert steps == [5, 10, 20, 40, 80, 160, 300, 300, 300]
@@ -185,29 +169,29 @@ def test_calls_that_were_under_way_together_do_not_double_it(database):
     add(database, "a", "b", "c")
     tasks = [database.claim(NOW) for _ in range(3)]
     for task in tasks:
-        database.put_back(task, Call("unavailable"), hold(), NOW + 1)
+        database.finish(task, held(), NOW + 1)
     assert database.hold("m").until == NOW + 6
 
 
 def test_a_task_put_back_keeps_its_last_error(database):
     add(database, "a")
-    database.retry_later(database.claim(NOW), Call("upstream_error"), "it broke", None, NOW)
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.finish(database.claim(NOW), retry("it broke", None), NOW)
+    database.finish(database.claim(NOW), held(), NOW)
     assert database.get("a").last_error == "it broke"
 
 
 def test_a_named_wait_is_kept_to(database):
     add(database, "a")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(wait=100), NOW)
+    database.finish(database.claim(NOW), held(wait=100), NOW)
     assert database.hold("m").until == NOW + 100
-    database.put_back(database.claim(NOW + 100), Call("unavailable"), hold(wait=1), NOW + 100)
+    database.finish(database.claim(NOW + 100), held(wait=1), NOW + 100)
     assert database.hold("m").until == NOW + 101
 
 
 def test_a_probe_that_is_cut_leaves_the_hold_to_the_next(database):
     add(database, "a")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
-    database.put_back(database.claim(NOW + 5), Call("shutdown"), None, NOW + 6)
+    database.finish(database.claim(NOW), held(), NOW)
+    database.finish(database.claim(NOW + 5), SHUTDOWN, NOW + 6)
     assert database.hold("m").probe is None
     assert claimed(database, NOW + 6) == ["a"]
 
@@ -215,7 +199,7 @@ def test_a_probe_that_is_cut_leaves_the_hold_to_the_next(database):
 def test_a_hold_of_all_models_stops_all(database):
     add(database, "a")
     add(database, "x", model="other")
-    database.put_back(database.claim(NOW), Call("quota"), hold(ALL_MODELS, wait=3600), NOW)
+    database.finish(database.claim(NOW), held(ALL_MODELS, wait=3600), NOW)
     assert claimed(database, NOW + 3599) == []
     assert claimed(database, NOW + 3600) == ["a"]
 
@@ -223,16 +207,16 @@ def test_a_hold_of_all_models_stops_all(database):
 def test_a_probe_of_both_holds_lifts_the_one_it_got_past(database):
     add(database, "a", "b")
     first, second = database.claim(NOW), database.claim(NOW)
-    database.put_back(first, Call("unavailable"), hold(), NOW)
-    database.put_back(second, Call("quota"), hold(ALL_MODELS), NOW)
-    database.put_back(database.claim(NOW + 5), Call("unavailable"), hold(), NOW + 5)
+    database.finish(first, held(), NOW)
+    database.finish(second, held(ALL_MODELS), NOW)
+    database.finish(database.claim(NOW + 5), held(), NOW + 5)
     assert database.hold(ALL_MODELS) is None
     assert (database.hold("m").until, database.hold("m").probe) == (NOW + 15, None)
 
 
 def test_holds_outlive_a_restart_but_probes_do_not(database):
     add(database, "a")
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.finish(database.claim(NOW), held(), NOW)
     probe = database.claim(NOW + 5)
     database.begin(3, NOW)
     assert database.hold("m").probe is None
@@ -241,7 +225,7 @@ def test_holds_outlive_a_restart_but_probes_do_not(database):
 
 def test_a_pause_of_its_own_stops_the_queue_until_it_begins_anew(database):
     add(database, "a", "b")
-    database.fail(database.claim(NOW), Call("upstream_auth"), "upstream_auth", "e", NOW, "401")
+    database.finish(database.claim(NOW), replace(FAILED, pause_reason="401"), NOW)
     assert claimed(database) == []
     standing = database.standing(database.get("b"), None, NOW)
     assert (standing.paused, standing.pause_reason) == (True, "401")
@@ -253,7 +237,7 @@ def test_calls_of_a_deleted_task_still_count_for_the_limits(database):
     add(database, "a", "b")
     for now in (NOW - 100, NOW):
         task = database.claim(now)
-        database.fail(task, Call("storage"), "storage", "e", now)
+        database.finish(task, FAILED, now)
         assert database.remove(task.id, NOW - 50)
     assert rows(database, "SELECT task FROM calls") == [("b",)]
     assert database.calls_since(NOW - 50, 9) == 1
@@ -262,7 +246,7 @@ def test_calls_of_a_deleted_task_still_count_for_the_limits(database):
 def test_calls_of_deleted_tasks_are_purged_in_steps_and_no_others(database):
     add(database, *"abcd")
     for name in "abcd":
-        database.fail(database.claim(NOW), Call("storage"), "storage", "e", NOW)
+        database.finish(database.claim(NOW), FAILED, NOW)
         if name in "ac":
             database.remove(name, 0)
     last, looks = (0.0, "", 0), 0
@@ -295,8 +279,8 @@ def test_the_rate_limit_slides_over_the_calls_that_were_started(database):
 def test_a_clock_set_back_stops_nothing_for_long(database):
     add(database, "a", "b", "c")
     first = database.claim(NOW)
-    database.retry_later(first, Call("upstream_error"), "e", NOW + 5, NOW)
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(wait=60), NOW)
+    database.finish(first, retry("e", NOW + 5), NOW)
+    database.finish(database.claim(NOW), held(wait=60), NOW)
     past = NOW - 86400
     database.set_clock_back(past, 300)
     assert database.next_start(1, 60, past + 59) == past + 60
@@ -307,14 +291,14 @@ def test_a_clock_set_back_stops_nothing_for_long(database):
 
 def test_a_hold_for_want_of_room_is_due_when_the_clock_goes_back(database):
     add(database, "a")
-    database.put_back(database.claim(NOW), Call("no_room"), hold(ALL_MODELS, room=9), NOW)
+    database.finish(database.claim(NOW), held(ALL_MODELS, room=9), NOW)
     database.set_clock_back(NOW - 86400, 300)
     assert database.hold(ALL_MODELS).until <= NOW - 86400 + 300
 
 
 def test_a_quota_is_held_until_its_reset_whatever_the_clock_does(database):
     add(database, "a")
-    database.put_back(database.claim(NOW), Call("quota"), hold(ALL_MODELS, wait=80000), NOW)
+    database.finish(database.claim(NOW), held(ALL_MODELS, wait=80000), NOW)
     database.set_clock_back(NOW - 86400, 300)
     assert database.hold(ALL_MODELS).until == NOW + 80000
 
@@ -323,9 +307,9 @@ def test_attempts_that_are_no_longer_allowed_are_not_made(database):
     add(database, "a", "b")
     for _ in range(2):
         task = database.claim(NOW + 100)
-        database.retry_later(task, Call("upstream_timeout"), "too slow", None, NOW)
+        database.finish(task, Ending("upstream_timeout", "pending", error="too slow"), NOW)
         assert task.id == "a"
-    database.put_back(database.claim(NOW + 100), Call("shutdown"), None, NOW)
+    database.finish(database.claim(NOW + 100), SHUTDOWN, NOW)
     database.begin(2, NOW)
     task = database.get("a")
     assert (task.status, task.error_code, task.error) == ("failed", "upstream_timeout", "too slow")
@@ -433,7 +417,7 @@ def test_each_task_of_a_page_has_its_own_place_and_its_own_holds(database):
     add(database, "x", model="other")
     add(database, "urgent", priority=1)
     database.claim(NOW)
-    database.put_back(database.claim(NOW), Call("unavailable"), hold(), NOW)
+    database.finish(database.claim(NOW), held(), NOW)
     tasks = [database.get(name) for name in ("x", "c", "a")]
     assert [
         (standing.ahead, [one.model for one in standing.holds])
@@ -468,16 +452,16 @@ def steps_taken(database, work):
     return len(taken)
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, held):
+@pytest.mark.parametrize("is_held", [False, True])
+def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, is_held):
     steps = []
     for count in (30, 30_000):
         database = Database(tmp_path / f"{count}.sqlite3")
         fill(database, count)
-        if held:
+        if is_held:
             for _ in range(3):
                 task = database.claim(NOW)
-                database.put_back(task, Call("unavailable"), hold(task.model), NOW)
+                database.finish(task, held(task.model), NOW)
         steps.append(steps_taken(database, lambda: database.claim(NOW)))  # noqa: B023
         steps.append(steps_taken(database, lambda: database.has_work(NOW)))  # noqa: B023
         database.close()
@@ -534,7 +518,7 @@ def claim_and_add(path, results):
     for n in range(50):
         task = database.claim(NOW)
         names.append(task.id)
-        database.complete(task, Call("completed"), "p", PICTURE, NOW)
+        database.finish(task, COMPLETED, NOW)
         database.add([NewTask(f"{task.id}-{n}", "p", "m", {})], NOW)
     results.put(names)
     database.close()

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, picture, refusal
 
 from db import DatabaseError
-from records import Call, NewTask
+from records import Ending, NewTask
 
 
 def ready(client):
@@ -144,14 +144,14 @@ def test_seconds_of_calls_add_up(database):
     for name in ("a", "b"):
         database.add([NewTask(name, "p", "m", {})], 1_790_000_000.0)
         task = database.claim(1_790_000_000.0)
-        database.fail(task, Call("storage", 5.0), "storage", "e", 1_790_000_005.0)
+        database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
     assert database.measure().upstream_seconds == 10.0
 
 
 def test_a_slow_call_is_in_no_bucket_below_it(database):
     database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
     task = database.claim(1_790_000_000.0)
-    database.fail(task, Call("storage", 5.0), "storage", "e", 1_790_000_005.0)
+    database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
     buckets = dict(database.measure().buckets)
     assert (buckets[2.5], buckets[5.0], buckets[10.0], buckets[float("inf")]) == (0, 1, 1, 1)
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageFile
 from upstream import picture
 
 import images
+from records import Remedy
 
 
 def saved(path, data):
@@ -40,7 +41,7 @@ def test_the_bytes_say_what_it_is(tmp_path, kind, content_type, extension):
 def test_other_bytes_are_no_image(tmp_path, data):
     with pytest.raises(images.NotAnImage) as error:
         images.inspect(saved(tmp_path / "x", data))
-    assert (error.value.code, error.value.again) == ("not_an_image", True)
+    assert (error.value.code, error.value.remedy) == ("not_an_image", Remedy.RETRY)
 
 
 def noise(kind, **options):
@@ -58,7 +59,7 @@ def test_an_image_that_ends_early_is_found_out(tmp_path, kind, kept):
     cut = data[: int(len(data) * kept)] if kept > 0 else data[:kept]
     with pytest.raises(images.BrokenImage) as error:
         images.inspect(saved(tmp_path / "x", cut))
-    assert (error.value.code, error.value.again) == ("upstream_truncated", True)
+    assert (error.value.code, error.value.remedy) == ("upstream_truncated", Remedy.RETRY)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -97,7 +98,7 @@ def test_the_pixels_are_decoded(tmp_path, monkeypatch, kind):
 def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
     with pytest.raises(images.TooManyPixels) as error:
         images.inspect(saved(tmp_path / "x", picture("PNG", (4097, 4096))))
-    assert (error.value.code, error.value.again) == ("image_too_large", False)
+    assert (error.value.code, error.value.remedy) == ("image_too_large", Remedy.FAIL)
     assert images.inspect(saved(tmp_path / "y", picture("PNG", (4096, 4096)))).width == 4096
 
 

@@ -14,7 +14,7 @@ from upstream import Answer, picture, refusal
 from werkzeug.serving import make_server
 
 import images
-from records import Call, NewTask
+from records import Ending, NewTask
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(
@@ -191,7 +191,8 @@ def add_pictures(site, folder, count):
         path.write_bytes(picture(size=(8, 8)))
         site.database.add([NewTask(f"many-{n}", f"number {n}", "many", {"width": 8}, 100)], 1.8e9)
         task = site.database.claim(1.8e9)
-        site.database.complete(task, Call("completed"), path, images.inspect(path), 1.8e9)
+        image = images.inspect(path)
+        site.database.finish(task, Ending("completed", "completed", path=path, image=image), 1.8e9)
 
 
 pictures = "#pictures a"

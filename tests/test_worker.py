@@ -16,7 +16,7 @@ import images
 import worker as queue
 from chutes import Chutes
 from db import DatabaseError
-from records import ALL_MODELS, Call, Hold, Standing
+from records import ALL_MODELS, Ending, Hold, Standing
 from web.answers import waiting_for
 from worker import backoff
 
@@ -384,19 +384,38 @@ def test_a_ttl_of_zero_is_for_ever(make, upstream):
 
 def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream, monkeypatch):
     q = make()
-    complete, refusals = q.db.complete, [1, 1]
+    finish, refusals = q.db.finish, [1, 1]
 
     def flaky(*args):
         if refusals:
             refusals.pop()
             raise DatabaseError("disk is full", full=True)
-        return complete(*args)
+        return finish(*args)
 
-    monkeypatch.setattr(q.db, "complete", flaky)
+    monkeypatch.setattr(q.db, "finish", flaky)
     monkeypatch.setattr(q.worker, "_over", QuickEvent())
     q.start()
     q.until(q.add(), status="completed")
     assert len(upstream.calls) == 1
+
+
+def test_an_end_that_was_written_without_a_word_keeps_its_image(make, upstream, monkeypatch):
+    q = make()
+    finish, silences = q.db.finish, [1]
+
+    def silent(*args):
+        is_ours = finish(*args)
+        if silences:
+            silences.pop()
+            raise DatabaseError("disk I/O error")
+        return is_ours
+
+    monkeypatch.setattr(q.db, "finish", silent)
+    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    q.start()
+    task = q.until(q.add(), status="completed")
+    wait_until(lambda: not q.worker._running)
+    assert q.files() == [f"{task.id}.png"]
 
 
 class QuickEvent(threading.Event):
@@ -410,7 +429,7 @@ def test_a_picture_that_is_no_longer_wanted_leaves_no_file(make, upstream):
     task = q.task(q.add())
     wait_until(lambda: upstream.at_once)
     task = q.task(task.id)
-    q.db.fail(task, Call("x"), "canceled", "by hand", q.clock())
+    q.db.finish(task, Ending("canceled", "failed", error="by hand"), q.clock())
     upstream.gate.set()
     wait_until(lambda: not q.worker._running)
     assert q.files() == []
