@@ -1,4 +1,4 @@
-"""What leaves the server holds no secret: the spellings of one, and texts that repeat a part."""
+"""Keep secrets out of what leaves the server: replace them, and find a part of one."""
 
 import functools
 import json
@@ -6,7 +6,7 @@ import re
 from urllib.parse import quote, unquote
 
 # So many characters of a secret in a row are a part of it, and not a coincidence.
-_TELLING = 12
+_PART_LENGTH = 12
 
 
 def scrub(text: str, secrets: tuple[str, ...]) -> str:
@@ -18,16 +18,16 @@ def scrub(text: str, secrets: tuple[str, ...]) -> str:
 
 
 def reveals_secret(text: str, secrets: tuple[str, ...]) -> bool:
-    """Tell whether a text repeats a secret or a part of one that is worth guarding.
+    """Return whether a text repeats a secret or a part of one that is worth guarding.
 
-    A part is _TELLING characters; blanks between them, percent signs, backslashes and
+    A part is _PART_LENGTH characters; blanks between them, percent signs, backslashes and
     case make no difference.
     """
-    told = _skeleton(text)
+    skeleton = _skeleton(text)
     return any(
-        secret[start : start + _TELLING] in told
+        secret[start : start + _PART_LENGTH] in skeleton
         for secret in map(_skeleton, secrets)
-        for start in range(len(secret) - _TELLING + 1)
+        for start in range(len(secret) - _PART_LENGTH + 1)
     )
 
 
