@@ -81,8 +81,8 @@ def _from_environment() -> Flask:
     try:
         config = settings.in_force()
         logs.to_stderr(config.log_format, config.scrub)
-        if fault := settings.listening_fault(config):
-            raise settings.ConfigError(fault)
+        if violation := settings.listening_error(config):
+            raise settings.ConfigError(violation)
         app = create_app(config)
     except (settings.ConfigError, DatabaseError, OSError) as error:
         print(error, file=sys.stderr)

@@ -9,22 +9,30 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 
 import redact
 
 ROOT = Path(__file__).resolve().parent
-# How alike a name in .env must be to a setting's to be taken for a slip of the pen, 0 to 1.
-_NEARLY = 0.8
+# How similar a name in .env must be to a setting's to count as a misspelling of it, 0 to 1.
+_SIMILARITY = 0.8
 
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
 _MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-
 
 log = logging.getLogger("config")
 
@@ -41,43 +49,144 @@ class RateLimit:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Config:
-    """Hold every setting, checked; a field is named as its variable, in lower case."""
+def _rule(words: str, pattern: str = "(?s).*", **constraints: Any) -> tuple[Any, ...]:
+    """Return what makes a text match the pattern, before pydantic reads it, and tells the rule.
 
-    chutes_api_token: str = field(repr=False)
-    chutes_api_url: str
-    default_model: str
-    host: str
-    port: int
-    workers: int
-    threads: int
-    database_path: Path
-    output_dir: Path
-    concurrency: int
-    rate_limit: RateLimit | None
-    task_timeout: float
-    max_attempts: int
-    retry_backoff: float
-    task_ttl: int
-    interrupted: str
-    shutdown_grace: float
-    max_image_mb: int
-    log_format: str
-    allow_anonymous: bool
-    api_keys: tuple[str, ...] = field(repr=False)
-    public_url: str | None
-    trusted_proxies: int
-    max_pending: int
-    max_per_day: int
-    models: tuple[str, ...]
-    min_free_mb: int
-    retention_days: int
-    openai_wait: float
+    Pydantic alone reads too much: 1_0 as an integer, nan as seconds, yes as a flag. The check
+    precedes the validators that stand before it, as a BeforeValidator does.
+    """
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError
+        return text
+
+    return (Field(description=words, **constraints), BeforeValidator(check))
+
+
+def _integer(minimum: int, maximum: int) -> tuple[Any, ...]:
+    words = f"an integer from {minimum} to {maximum}"
+    return _rule(words, "[0-9]{1,18}", ge=minimum, le=maximum)
+
+
+def _seconds(minimum: float, maximum: float) -> tuple[Any, ...]:
+    words = f"seconds, from {minimum} to {maximum}"
+    return _rule(words, r"[0-9]{1,9}(\.[0-9]{1,9})?", ge=minimum, le=maximum)
+
+
+def _split(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _below_root(path: Path, info: ValidationInfo) -> Path:
+    return Path(info.context or ROOT, path)
+
+
+def _rate_limit(text: str) -> RateLimit:
+    count, seconds = text.split("/")
+    if int(count) < 1 or float(seconds) <= 0:
+        raise ValueError
+    return RateLimit(int(count), float(seconds))
+
+
+def _upstream_url(url: str) -> str:
+    parts = urlsplit(url.replace("{model}", "model"))
+    host, _ = parts.hostname, parts.port  # Either may raise ValueError.
+    if not host or re.search(r"[?#@\\]", url):
+        raise ValueError
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
+        raise ValueError
+    return url
+
+
+def _origin(url: str) -> str:
+    """Return the address as browsers write it in Origin: without the scheme's own port."""
+    parts = urlsplit(url.rstrip("/").lower())
+    if parts.port == {"http": 80, "https": 443}[parts.scheme]:
+        return parts.geturl().removesuffix(f":{parts.port}")
+    return parts.geturl()
+
+
+_Token = Annotated[str, *_rule("printable ASCII", "[ -~]+", repr=False)]
+_Keys = Annotated[
+    tuple[Annotated[str, Field(pattern="^[!-~]+$")], ...],
+    BeforeValidator(_split),
+    *_rule("keys of printable ASCII without spaces, separated by commas", min_length=1, repr=False),
+]
+_Names = Annotated[
+    tuple[str, ...], BeforeValidator(_split), *_rule("names, separated by commas", min_length=1)
+]
+_Host = Annotated[
+    str,
+    *_rule("a host name or an address", r"[A-Za-z0-9.:\[\]%_-]+"),
+    AfterValidator(lambda host: host.strip("[]")),
+]
+_UpstreamUrl = Annotated[
+    str,
+    *_rule("an https address, or http on loopback, without user, query or fragment", "[!-~]+"),
+    AfterValidator(_upstream_url),
+]
+_Origin = Annotated[
+    str | None,
+    *_rule(
+        "an http or https address without a path, such as https://pictures.example",
+        r"https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:\d+)?/?",
+    ),
+    AfterValidator(_origin),
+]
+_Rate = Annotated[
+    RateLimit | None,
+    BeforeValidator(_rate_limit),
+    *_rule("CALLS/SECONDS, for example 60/60", r"[0-9]{1,9}/[0-9]{1,9}(\.[0-9]{1,9})?"),
+]
+_Path = Annotated[
+    Path, Field(description="a path", validate_default=True), AfterValidator(_below_root)
+]
+
+
+class Config(BaseModel):
+    """Hold every setting, checked; a field is named as its variable, in lower case.
+
+    Its description is the rule for its value; repr=False keeps a secret out of errors, too.
+    """
+
+    model_config = ConfigDict(frozen=True, alias_generator=str.upper)
+
+    chutes_api_token: _Token
+    chutes_api_url: _UpstreamUrl = "https://image.chutes.ai/generate"
+    default_model: Annotated[str, *_rule("the name of a model")] = "qwen-image"
+    host: _Host = "127.0.0.1"
+    port: Annotated[int, *_integer(1, 65535)] = 3000
+    workers: Annotated[int, *_integer(1, 32)] = Field(
+        default_factory=lambda: min(2, os.cpu_count() or 1)
+    )
+    threads: Annotated[int, *_integer(2, 256)] = 16
+    database_path: _Path = Path("tasks.sqlite3")
+    output_dir: _Path = Path("outputs")
+    concurrency: Annotated[int, *_integer(1, 64)] = 4
+    rate_limit: _Rate = None
+    task_timeout: Annotated[float, *_seconds(1, 1_000_000)] = 600.0
+    max_attempts: Annotated[int, *_integer(1, 100)] = 3
+    retry_backoff: Annotated[float, *_seconds(0.01, 3600)] = 5.0
+    task_ttl: Annotated[int, *_integer(0, 3_000_000_000)] = 604800
+    interrupted: Annotated[Literal["retry", "fail"], *_rule("retry or fail")] = "retry"
+    shutdown_grace: Annotated[float, *_seconds(0, 3600)] = 25.0
+    max_image_mb: Annotated[int, *_integer(1, 1_000_000)] = 50
+    log_format: Annotated[Literal["text", "json"], *_rule("text or json")] = "text"
+    allow_anonymous: Annotated[bool, *_rule("0 or 1", "[01]")] = False
+    api_keys: _Keys = ()
+    max_pending: Annotated[int, *_integer(1, 1_000_000_000)] = 10000
+    max_per_day: Annotated[int, *_integer(0, 1_000_000_000)] = 0
+    models: _Names = ()
+    min_free_mb: Annotated[int, *_integer(0, 1_000_000_000)] = 200
+    retention_days: Annotated[int, *_integer(0, 36_500)] = 0
+    openai_wait: Annotated[float, *_seconds(1, 86_400)] = 280.0
+    public_url: _Origin = None
+    trusted_proxies: Annotated[int, *_integer(0, 10)] = 0
 
     @property
     def model_in_url(self) -> bool:
-        """Tell whether the model is part of the address instead of the body."""
+        """Return whether the model is part of the address instead of the body."""
         return "{model}" in self.chutes_api_url
 
     def scrub(self, text: str) -> str:
@@ -85,7 +194,7 @@ class Config:
         return redact.scrub(text, self._secrets)
 
     def reveals_secret(self, text: str) -> bool:
-        """Tell whether a text repeats one of the secrets, or a part of one."""
+        """Return whether a text repeats one of the secrets, or a part of one."""
         return redact.reveals_secret(text, self._secrets)
 
     @property
@@ -93,20 +202,9 @@ class Config:
         return (self.chutes_api_token, *self.api_keys)
 
 
-def model_fault(model: str, one_label: bool) -> str | None:
-    """Return the rule that a model's name breaks, or None.
-
-    With `one_label` the name becomes part of a host name, so that it must be a
-    single DNS label: anything else could send the token to another host.
-    """
-    if one_label:
-        rule = "one DNS label: letters, digits and inner '-', at most 63"
-        return None if _MODEL_LABEL.fullmatch(model) else rule
-    if not _MODEL.fullmatch(model) or ".." in model or "//" in model:
-        return (
-            "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
-        )
-    return None
+# The settings' names, as the environment and .env spell them.
+NAMES = tuple(name.upper() for name in Config.model_fields)
+_in_force: Config | None = None
 
 
 def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
@@ -127,9 +225,9 @@ def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
 
 def _check_names(names: Iterable[str], file: Path) -> None:
     for name in names:
-        if name in _SETTINGS:
+        if name in NAMES:
             continue
-        if close := difflib.get_close_matches(name.upper(), _SETTINGS, 1, _NEARLY):
+        if close := difflib.get_close_matches(name.upper(), NAMES, 1, _SIMILARITY):
             raise ConfigError(f"{name} in {file} is not a setting; did you mean {close[0]}?")
         log.warning("%s in %s is not a setting; it is ignored", name, file)
 
@@ -158,19 +256,88 @@ def in_force() -> Config:
 
 
 def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
-    """Check the values, fill in the defaults and return the Config, or raise ConfigError."""
-    settings = {
-        name.lower(): _setting(name, values, default, parse)
-        for name, (default, parse) in _SETTINGS.items()
-    }
-    for name in ("database_path", "output_dir"):
-        settings[name] = root / settings[name]
-    config = Config(**settings)
-    _check_together(config)
+    """Check the values, fill in the defaults and return the Config, or raise ConfigError.
+
+    Makes OUTPUT_DIR where there is none; relative paths are below `root`.
+    """
+    try:
+        config = Config.model_validate(values, context=root)
+    except ValidationError as error:
+        raise _setting_error(error.errors()[0], values) from None
+    _check_models(config)
+    if violation := bind_error(config, config.host):
+        raise ConfigError(violation)
+    _check_paths(config)
     return config
 
 
-def bind_fault(config: Config, host: str) -> str | None:
+def _setting_error(error: Mapping[str, Any], values: Mapping[str, str]) -> ConfigError:
+    name = error["loc"][0]
+    if error["type"] == "missing":
+        return ConfigError(
+            f"{name} is not set: put it into .env (see .env.example), "
+            "or run `sh script/demo`, which needs no token"
+        )
+    field = Config.model_fields[name.lower()]
+    shown = f"={values[name][:200]}" if field.repr else ""
+    return ConfigError(f"{name}{shown}: must be {field.description}")
+
+
+def _rule_error(name: str, value: object, rule: str) -> ConfigError:
+    return ConfigError(f"{name}={value}: must be {rule}")
+
+
+def _check_models(config: Config) -> None:
+    settings = {"DEFAULT_MODEL": [config.default_model], "MODELS": config.models}
+    for name, models in settings.items():
+        for model in models:
+            if rule := model_name_error(model, config.model_in_url):
+                raise _rule_error(name, model, rule)
+    if config.models and config.default_model not in config.models:
+        rule = f"one of MODELS, {', '.join(config.models)}"
+        raise _rule_error("DEFAULT_MODEL", config.default_model, rule)
+
+
+def _check_paths(config: Config) -> None:
+    database, outputs = config.database_path, config.output_dir
+    if not os.access(database.parent, os.W_OK | os.X_OK) or database.is_dir():
+        rule = "a file, in a folder that exists and is writable"
+        raise _rule_error("DATABASE_PATH", database, rule)
+    try:
+        outputs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _rule_error("OUTPUT_DIR", outputs, f"a folder ({error.strerror})") from error
+    if not os.access(outputs, os.W_OK | os.X_OK):
+        raise _rule_error("OUTPUT_DIR", outputs, "a writable folder")
+
+
+def model_name_error(model: str, one_label: bool) -> str | None:
+    """Return the rule that a model's name breaks, or None.
+
+    With `one_label` the name becomes part of a host name, so that it must be a
+    single DNS label: anything else could send the token to another host.
+    """
+    if one_label:
+        rule = "one DNS label: letters, digits and inner '-', at most 63"
+        return None if _MODEL_LABEL.fullmatch(model) else rule
+    if not _MODEL.fullmatch(model) or ".." in model or "//" in model:
+        return (
+            "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
+        )
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or address can be reached from this machine alone."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def bind_error(config: Config, host: str) -> str | None:
     """Return why the server may not listen on this host, or None."""
     if config.api_keys or config.allow_anonymous or is_loopback(host):
         return None
@@ -180,15 +347,15 @@ def bind_fault(config: Config, host: str) -> str | None:
     )
 
 
-def listening_fault(config: Config) -> str | None:
+def listening_error(config: Config) -> str | None:
     """Return why this process may not listen where it does, whoever has told it to, or None.
 
     A process that gunicorn has forked listens on what its master does.
     """
-    return next(filter(None, (bind_fault(config, host) for host in _listened_on())), None)
+    return next(filter(None, (bind_error(config, host) for host in _listening_hosts())), None)
 
 
-def _listened_on() -> Iterator[str]:
+def _listening_hosts() -> Iterator[str]:
     for entry in Path("/dev/fd").iterdir():
         with suppress(OSError):  # It is no socket.
             found = socket.socket(fileno=int(entry.name))
@@ -197,202 +364,3 @@ def _listened_on() -> Iterator[str]:
             found.detach()
             if listens and isinstance(address, tuple):
                 yield address[0]
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address can be reached from this machine alone."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_together(config: Config) -> None:
-    rule = model_fault(config.default_model, config.model_in_url)
-    if rule:
-        raise ConfigError(f"DEFAULT_MODEL={config.default_model}: must be {rule}")
-    for model in config.models:
-        if rule := model_fault(model, config.model_in_url):
-            raise ConfigError(f"MODELS={model}: must be {rule}")
-    if config.models and config.default_model not in config.models:
-        raise ConfigError(
-            f"DEFAULT_MODEL={config.default_model}: must be one of MODELS, "
-            f"{', '.join(config.models)}"
-        )
-    if fault := bind_fault(config, config.host):
-        raise ConfigError(fault)
-    folder = config.database_path.parent
-    if not os.access(folder, os.W_OK | os.X_OK) or config.database_path.is_dir():
-        raise ConfigError(
-            f"DATABASE_PATH={config.database_path}: "
-            f"must be a file, in a folder that exists and is writable"
-        )
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"OUTPUT_DIR={config.output_dir}: must be a folder ({error.strerror})"
-        ) from error
-    if not os.access(config.output_dir, os.W_OK | os.X_OK):
-        raise ConfigError(f"OUTPUT_DIR={config.output_dir}: must be a writable folder")
-
-
-def _setting(name: str, values: Mapping[str, str], default: Any, parse: Callable) -> Any:
-    if name not in values:
-        if default is _REQUIRED:
-            raise ConfigError(
-                f"{name} is not set: put it into .env (see .env.example), "
-                "or run `sh script/demo`, which needs no token"
-            )
-        return default() if callable(default) else default
-    try:
-        return parse(values[name])
-    except ValueError as error:
-        shown = "" if parse in (_secret, _secrets) else f"={values[name][:200]}"
-        raise ConfigError(f"{name}{shown}: must be {error}") from None
-
-
-def _secret(text: str) -> str:
-    if not re.fullmatch(r"[\x20-\x7e]+", text):
-        raise ValueError("printable ASCII")
-    return text
-
-
-def _secrets(text: str) -> tuple[str, ...]:
-    keys = tuple(key.strip() for key in text.split(",") if key.strip())
-    if not keys or not all(re.fullmatch(r"[\x21-\x7e]+", key) for key in keys):
-        raise ValueError("keys of printable ASCII without spaces, separated by commas")
-    return keys
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise ValueError("names, separated by commas")
-    return names
-
-
-def _public_url(text: str) -> str:
-    rule = "an http or https address without a path, such as https://pictures.example"
-    if not re.fullmatch(r"https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:\d+)?/?", text):
-        raise ValueError(rule)
-    try:
-        parts = urlsplit(text.rstrip("/").lower())
-        port = parts.port
-    except ValueError:
-        raise ValueError(rule) from None
-    # As browsers write it in Origin: without the port that goes without saying.
-    if port == {"http": 80, "https": 443}[parts.scheme]:
-        return parts.geturl().removesuffix(f":{port}")
-    return parts.geturl()
-
-
-def _url(text: str) -> str:
-    rule = "an https address, or http on loopback, without user, query or fragment"
-    try:
-        parts = urlsplit(text.replace("{model}", "model"))
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        raise ValueError(rule) from None
-    if not host or not re.fullmatch(r"[\x21-\x7e]+", text) or re.search(r"[?#@\\]", text):
-        raise ValueError(rule)
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-        raise ValueError(rule)
-    return text
-
-
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]%_-]+", text):
-        raise ValueError("a host name or an address")
-    return text.strip("[]")
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    rule = f"an integer from {least} to {most}" if most else f"an integer, at least {least}"
-
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not _within(int(text), least, most):
-            raise ValueError(rule)
-        return int(text)
-
-    return parse
-
-
-def _seconds(least: float, most: float | None = None) -> Callable[[str], float]:
-    rule = f"seconds, from {least} to {most}" if most else f"seconds, at least {least}"
-
-    def parse(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text):
-            raise ValueError(rule)
-        if not _within(float(text), least, most):
-            raise ValueError(rule)
-        return float(text)
-
-    return parse
-
-
-def _within(number: float, least: float, most: float | None) -> bool:
-    return least <= number and (most is None or number <= most)
-
-
-def _choice(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(" or ".join(words))
-        return text
-
-    return parse
-
-
-def _flag(text: str) -> bool:
-    return _choice("0", "1")(text) == "1"
-
-
-def _rate_limit(text: str) -> RateLimit:
-    rule = "CALLS/SECONDS, for example 60/60"
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9}(?:\.[0-9]{1,9})?)", text)
-    if not found or int(found[1]) < 1 or float(found[2]) <= 0:
-        raise ValueError(rule)
-    return RateLimit(int(found[1]), float(found[2]))
-
-
-def _default_workers() -> int:
-    return min(2, os.cpu_count() or 1)
-
-
-_REQUIRED = object()
-_in_force: Config | None = None
-
-_SETTINGS: dict[str, tuple[Any, Callable]] = {
-    "CHUTES_API_TOKEN": (_REQUIRED, _secret),
-    "CHUTES_API_URL": ("https://image.chutes.ai/generate", _url),
-    "DEFAULT_MODEL": ("qwen-image", str),
-    "HOST": ("127.0.0.1", _host),
-    "PORT": (3000, _integer(1, 65535)),
-    "WORKERS": (_default_workers, _integer(1, 32)),
-    "THREADS": (16, _integer(2, 256)),
-    "DATABASE_PATH": ("tasks.sqlite3", str),
-    "OUTPUT_DIR": ("outputs", str),
-    "CONCURRENCY": (4, _integer(1, 64)),
-    "RATE_LIMIT": (None, _rate_limit),
-    "TASK_TIMEOUT": (600.0, _seconds(1, 1_000_000)),
-    "MAX_ATTEMPTS": (3, _integer(1, 100)),
-    "RETRY_BACKOFF": (5.0, _seconds(0.01, 3600)),
-    "TASK_TTL": (604800, _integer(0, 3_000_000_000)),
-    "INTERRUPTED": ("retry", _choice("retry", "fail")),
-    "SHUTDOWN_GRACE": (25.0, _seconds(0, 3600)),
-    "MAX_IMAGE_MB": (50, _integer(1, 1_000_000)),
-    "LOG_FORMAT": ("text", _choice("text", "json")),
-    "ALLOW_ANONYMOUS": (False, _flag),
-    "API_KEYS": (tuple, _secrets),
-    "MAX_PENDING": (10000, _integer(1, 1_000_000_000)),
-    "MAX_PER_DAY": (0, _integer(0, 1_000_000_000)),
-    "MODELS": (tuple, _names),
-    "MIN_FREE_MB": (200, _integer(0, 1_000_000_000)),
-    "RETENTION_DAYS": (0, _integer(0, 36_500)),
-    "OPENAI_WAIT": (280.0, _seconds(1, 86_400)),
-    "PUBLIC_URL": (None, _public_url),
-    "TRUSTED_PROXIES": (0, _integer(0, 10)),
-}

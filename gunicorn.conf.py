@@ -80,14 +80,14 @@ class logger_class(glogging.Logger):
 
 def when_ready(server):
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
-    if fault := settings.listening_fault(_config):
-        raise SystemExit(fault)
+    if error := settings.listening_error(_config):
+        raise SystemExit(error)
 
 
 def on_reload(server):
     """Stop, as well as SIGTERM does, where the settings no longer allow the address."""
-    if fault := settings.listening_fault(_config):
-        server.log.error(fault)
+    if error := settings.listening_error(_config):
+        server.log.error(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
 

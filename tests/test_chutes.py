@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -31,7 +30,8 @@ def call(configure, tmp_path, clock):
     """Return a function that makes one call and returns the file, or raises what it raises."""
 
     def make(url=URL, line=None, model="m", seconds=600, **values):
-        config = replace(configure(CHUTES_API_URL=url, **values), task_timeout=seconds)
+        config = configure(CHUTES_API_URL=url, **values)
+        config = config.model_copy(update={"task_timeout": seconds})
         client = Chutes(config, clock)
         client.generate(model, "a fox", PARAMS, tmp_path / "part", line or Line())
         return (tmp_path / "part").read_bytes()

@@ -18,7 +18,7 @@ from pydantic import (
     field_validator,
 )
 
-from config import model_fault
+from config import model_name_error
 from records import NewTask
 
 MAX_TEXT = 10_000
@@ -45,7 +45,7 @@ def _plain_text(text: str | None) -> str | None:
 
 
 def _model_name(model: str, info: ValidationInfo) -> str:
-    rule = model_fault(model, info.context["model_in_url"])
+    rule = model_name_error(model, info.context["model_in_url"])
     if rule:
         raise ValueError(f"must be {rule}")
     return model
