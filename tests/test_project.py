@@ -29,7 +29,7 @@ LAYERS = [
 OURS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
     for path in (*ROOT.glob("*.py"), *(ROOT / "web").glob("*.py"))
-    if path.stem not in ("__init__", "simulator")
+    if path.stem != "__init__"
 }
 WEB = {name for name in OURS if name.startswith("web.")}
 # What only these know.
@@ -45,15 +45,19 @@ ONLY = {
 }
 
 
-def imported(name):
+def imported(path):
     """Return all that a module imports, of ours with the modules in a package."""
     names = set()
-    for node in ast.walk(ast.parse(OURS[name].read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def top_level(names):
+    return {name.split(".")[0] for name in names}
 
 
 def test_imports_go_one_way():
@@ -62,13 +66,18 @@ def test_imports_go_one_way():
     for layer in LAYERS:
         below -= layer
         for name in layer:
-            assert imported(name) & set(OURS) <= below, name
+            assert imported(OURS[name]) & set(OURS) <= below, name
 
 
 @pytest.mark.parametrize("library", ONLY)
 def test_a_library_is_known_to_its_modules_alone(library):
-    users = {n for n in OURS if library in {found.split(".")[0] for found in imported(n)}}
+    users = {name for name, path in OURS.items() if library in top_level(imported(path))}
     assert users == ONLY[library]
+
+
+def test_the_simulator_is_a_program_of_its_own():
+    found = top_level(imported(ROOT / "script" / "simulator.py"))
+    assert found <= sys.stdlib_module_names | {"PIL"}
 
 
 def test_importing_does_nothing(tmp_path):
@@ -80,7 +89,7 @@ def test_importing_does_nothing(tmp_path):
     subprocess.run(
         [sys.executable, "-B", "-c", program],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'script'}"},
         check=True,
     )
 

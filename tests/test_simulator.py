@@ -6,9 +6,8 @@ import json
 import pytest
 import requests
 from PIL import Image
-from upstream import serving
-
 from simulator import Simulator
+from upstream import serving
 
 TOKEN = "cpk_simulated"
 
