@@ -67,6 +67,9 @@ class Call(BaseHTTPRequestHandler):
         for chunk in (*chunks, b""):
             self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
 
+    def log_message(self, *values: Any) -> None:
+        """Stay silent: the server's own log tells of each call."""
+
 
 class Simulator(ThreadingHTTPServer):
     """Serve each model at `/generate`, as the router, and at `/<model>/generate`, as its host."""

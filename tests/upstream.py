@@ -1,4 +1,4 @@
-"""Servers that stand in for Chutes in the tests: one that behaves, one that does as it is told."""
+"""Servers that stand in for Chutes in the tests: one told what to answer, one what to send."""
 
 import io
 import json
@@ -7,9 +7,9 @@ import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
+from simulator import Simulator
 
 
 def picture(kind="PNG", size=(64, 48), colour="teal"):
@@ -38,14 +38,11 @@ def refusal(status, detail, **headers):
     )
 
 
-class Upstream(ThreadingHTTPServer):
+class Upstream(Simulator):
     """Answer each call with `decide(fields)`, while `gate` is open, and keep the books."""
 
-    daemon_threads = True
-    request_queue_size = 256
-
-    def __init__(self, port=0):
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self):
+        super().__init__()
         self.decide = lambda fields: Answer()
         self.gate = threading.Event()
         self.gate.set()
@@ -58,71 +55,53 @@ class Upstream(ThreadingHTTPServer):
         self.changed = threading.RLock()
 
     @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/generate"
-
-    @property
     def at_once(self):
         """Count the calls under way whose client is still there."""
         with self.changed:
-            return sum(not call.is_gone() for call in self.under_way)
+            return sum(not is_gone(call.connection) for call in self.under_way)
 
     def prompts(self):
         return [fields["prompt"] for fields in self.calls]
+
+    def answer(self, call):
+        fields = json.loads(call.body)
+        with self.changed:
+            self.calls.append(fields)
+            self.times.append(time.time())
+            self.headers.append((call.path, dict(call.headers)))
+            self.under_way.append(call)
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            self._wait(call, fields["prompt"])
+            answer = self.decide(fields)
+        finally:
+            with self.changed:
+                self.under_way.remove(call)
+        return answer.status, answer.headers, answer.body
+
+    def _wait(self, call, prompt):
+        """Wait for the gate to open, as long as the client does."""
+        while not self.gate.wait(0.02):
+            if is_gone(call.connection):
+                self.cut.append(prompt)
+                raise ConnectionAbortedError
+
+    def shutdown(self):
+        self.gate.set()
+        super().shutdown()
 
     def handle_error(self, request, client_address):
         """Stay silent: clients that go away are what the tests are about."""
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        books = self.server
-        fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with books.changed:
-            books.calls.append(fields)
-            books.times.append(time.time())
-            books.headers.append((self.path, dict(self.headers)))
-            books.under_way.append(self)
-            books.most_at_once = max(books.most_at_once, books.at_once)
-        try:
-            while not books.gate.wait(0.02):
-                if self.is_gone():
-                    books.cut.append(fields["prompt"])
-                    return
-            answer = books.decide(fields)
-            with books.changed:
-                books.under_way.remove(self)
-            self._send(answer)
-        finally:
-            with books.changed:
-                if self in books.under_way:
-                    books.under_way.remove(self)
-
-    def is_gone(self):
-        """Tell whether the client has closed the connection."""
-        try:
-            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return self.connection.recv(1, flags) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def _send(self, answer):
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for start in range(0, len(answer.body), 65536):
-            piece = answer.body[start : start + 65536]
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
-        self.wfile.write(b"0\r\n\r\n")
-
-    def log_message(self, *values):
-        pass
+def is_gone(connection):
+    """Return whether the client has closed the connection."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 @contextmanager
@@ -133,8 +112,6 @@ def serving(server):
     try:
         yield server
     finally:
-        if isinstance(server, Upstream):
-            server.gate.set()
         server.shutdown()
         thread.join()
         server.server_close()
