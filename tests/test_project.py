@@ -10,9 +10,14 @@ import pytest
 
 import config
 from app import close, create_app
+from records import ERROR_CODES
 
 ROOT = Path(__file__).resolve().parent.parent
-API, SETTINGS = ((ROOT / "docs" / name).read_text() for name in ("api.md", "settings.md"))
+README = ROOT / "README.md"
+API, SETTINGS, HOW_IT_WORKS = (
+    (ROOT / "docs" / name).read_text() for name in ("api.md", "settings.md", "how-it-works.md")
+)
+DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 # From the gunicorn hooks down: each module may import what stands in a line below its own.
 LAYERS = [
     {"gunicorn.conf"},
@@ -94,10 +99,16 @@ def test_importing_does_nothing(tmp_path):
     )
 
 
+def test_every_module_is_in_the_table():
+    rows = re.findall(r"^\| (`.+?) \|", section(HOW_IT_WORKS, "The modules"), re.M)
+    told = re.findall(r"`([^`/]+\.py|web/[^`]+\.py)`", "\n".join(rows))
+    assert sorted(told) == sorted(str(path.relative_to(ROOT)) for path in OURS.values())
+
+
 def test_every_setting_is_in_the_table_and_in_the_example():
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([^|]+) \|", SETTINGS, re.M))
-    example = dict(re.findall(r"^([A-Z_]+)=(.*)$", (ROOT / ".env.example").read_text(), re.M))
-    assert set(rows) == set(example) == set(config.NAMES)
+    rows = re.findall(r"^\| `([A-Z_]+)` \| [^|]+ \|", SETTINGS, re.M)
+    example = re.findall(r"^([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M)
+    assert sorted(rows) == sorted(example) == sorted(config.NAMES)
 
 
 def test_the_defaults_in_the_documents_are_those_in_force(tmp_path):
@@ -133,6 +144,53 @@ def test_every_route_is_in_the_table_and_in_bruno(configure):
         url = re.search(r"url: \{\{baseUrl\}\}([^?\s]*)", text)[1]
         asked.add((method, re.sub(r"\{\{\w+\}\}|0{8}-[-0-9]+", "<id>", url)))
     assert asked == routes(configure)
+
+
+def test_no_document_names_a_route_that_is_not_there(configure):
+    told = [
+        route
+        for document in DOCUMENTS
+        for route in re.findall(r"`(GET|POST|DELETE) (/[^`?]*)[^`]*`", document.read_text())
+    ]
+    assert set(told) <= routes(configure)
+
+
+def test_every_error_code_is_in_the_table():
+    header, *rows = re.findall(r"^\| `(\w+)` \|", section(API, "Error codes of failed tasks"), re.M)
+    assert header == "error_code"
+    assert sorted(rows) == sorted(ERROR_CODES)
+
+
+def test_the_readme_is_short():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    links = re.findall(r"\]\((?!https?://)([^)\s#]*)#?([^)\s]*)\)", prose(document))
+    assert links
+    for name, anchor in links:
+        target = document.parent / name if name else document
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"
+
+
+def anchors(document):
+    """Return what links call the headings: lower case, with hyphens and without punctuation."""
+    titles = re.findall(r"^#+ (.+)$", prose(document), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def prose(document):
+    """Return the text of a document without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S)
+
+
+def section(text, title):
+    """Return what stands between a heading and the next one."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def test_the_locks_have_hashes_and_no_address():
