@@ -38,7 +38,7 @@ _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
 
 
 class ChutesError(AttemptError):
-    """A call without a picture."""
+    """A call without an image."""
 
     def __init__(
         self,
@@ -62,31 +62,31 @@ class ChutesError(AttemptError):
         self.reply = reply or Reply()
 
 
-class Cut(Exception):
-    """The call was cut by this server; the message is the reason that was given."""
+class Canceled(Exception):
+    """The call was canceled by this server; the message is the reason that was given."""
 
 
-class Line:
-    """The one connection of a call, which any thread may cut, at any moment."""
+class CancelToken:
+    """The one connection of a call, which any thread may cancel, at any moment."""
 
     def __init__(self):
         self.connected = False
-        self.cut_for: str | None = None
+        self.reason: str | None = None
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._timer: threading.Timer | None = None
 
-    def cut(self, reason: str) -> None:
+    def cancel(self, reason: str) -> None:
         """Shut the connection down, now or as soon as there is one; the first reason stays."""
         with self._lock:
-            self.cut_for = self.cut_for or reason
+            self.reason = self.reason or reason
             self._shut()
 
-    def cut_after(self, seconds: float, reason: str) -> None:
-        """Cut the line in that many seconds, instead of when it was last told."""
+    def cancel_after(self, seconds: float, reason: str) -> None:
+        """Cancel in that many seconds, instead of when it was last told."""
         with self._lock:
             self._cancel()
-            self._timer = threading.Timer(seconds, self.cut, (reason,))
+            self._timer = threading.Timer(seconds, self.cancel, (reason,))
             self._timer.daemon = True
             self._timer.start()
 
@@ -109,21 +109,21 @@ class Line:
                 error = failure
             else:
                 return connection
-            if self.cut_for:
+            if self.reason:
                 break
         raise error
 
     def _watch(self, connection: socket.socket) -> None:
         with self._lock:
-            if self.cut_for:
-                raise OSError("the call was cut")
+            if self.reason:
+                raise OSError("the call was canceled")
             self._forget()
             # A duplicate stays valid when TLS takes the socket over, and shutting it
             # down ends the connect, the reads and the writes of both.
             self._socket = connection.dup()
 
     def close(self) -> None:
-        """Forget the connection and the time: nothing will be cut any more."""
+        """Forget the connection and the time: nothing will be canceled any more."""
         with self._lock:
             timer = self._timer
             self._cancel()
@@ -156,43 +156,43 @@ class Chutes:
         self._max_bytes = config.max_image_mb * 1024 * 1024
 
     def generate(
-        self, model: str, prompt: str, params: dict[str, Any], path: Path, line: Line
+        self, model: str, prompt: str, params: dict[str, Any], path: Path, token: CancelToken
     ) -> Reply:
         """Make one image and write the bytes to path, on disk (fsync) when this returns.
 
         Takes at most TASK_TIMEOUT seconds from starting to connect to the last byte.
-        Whether the bytes are an image is not looked at. Raises ChutesError, or Cut where
-        the line was cut by someone else; the file may then hold a part.
+        Whether the bytes are an image is not looked at. Raises ChutesError, or Canceled where
+        the token was canceled by someone else; the file may then hold a part.
         """
         try:
             with _disk_faults(path), path.open("wb") as file:
-                return self._call(model, self._body(model, prompt, params), file, line)
+                return self._call(model, self._body(model, prompt, params), file, token)
         finally:
-            line.close()
+            token.close()
 
     def _body(self, model: str, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
         if self._config.model_in_url:
             return {"prompt": prompt, **params}
         return {"model": model, "prompt": prompt, **params}
 
-    def _call(self, model: str, body: dict[str, Any], file: Any, line: Line) -> Reply:
+    def _call(self, model: str, body: dict[str, Any], file: Any, token: CancelToken) -> Reply:
         reply, framed = Reply(), False
         deadline = time.monotonic() + self._config.task_timeout
-        line.cut_after(self._config.task_timeout, "deadline")
+        token.cancel_after(self._config.task_timeout, "deadline")
         try:
-            with _Session(line) as session, self._post(session, model, body) as response:
+            with _Session(token) as session, self._post(session, model, body) as response:
                 reply = self._reply(response)
                 if not 200 <= response.status_code < 300:
                     left = max(0, deadline - time.monotonic())
-                    line.cut_after(min(left, _ERROR_BODY_SECONDS), "error body")
+                    token.cancel_after(min(left, _ERROR_BODY_SECONDS), "error body")
                     raise self._refusal(response, model, reply)
                 framed = response.raw.chunked or response.raw.length_remaining is not None
                 self._stream(response, file, reply)
         except _NETWORK_FAULTS as error:
-            raise self._fault(error, model, line, reply) from error
+            raise self._fault(error, model, token, reply) from error
         # A body without a length that was cut looks like one that ended.
-        if line.cut_for and not framed:
-            raise self._fault(None, model, line, reply)
+        if token.reason and not framed:
+            raise self._fault(None, model, token, reply)
         return reply
 
     def _post(
@@ -209,7 +209,7 @@ class Chutes:
             },
             stream=True,
             allow_redirects=False,
-            # Longer than the deadline, which cuts the line: it knows why the read ended.
+            # Longer than the deadline, which cancels the token: it knows why the read ended.
             timeout=(min(_CONNECT_SECONDS, timeout), timeout + _LATE_SECONDS),
         )
 
@@ -241,16 +241,16 @@ class Chutes:
         )
 
     def _fault(
-        self, error: Exception | None, model: str, line: Line, reply: Reply
-    ) -> ChutesError | Cut:
+        self, error: Exception | None, model: str, token: CancelToken, reply: Reply
+    ) -> ChutesError | Canceled:
         """Say what a broken connection means: it depends on how far the call had come."""
-        if line.cut_for and line.cut_for != "deadline":
-            return Cut(line.cut_for)
-        if not line.connected:
-            why = "timed out" if line.cut_for else self._plain(_cause(error))
+        if token.reason and token.reason != "deadline":
+            return Canceled(token.reason)
+        if not token.connected:
+            why = "timed out" if token.reason else self._plain(_cause(error))
             headline = f"Chutes cannot be reached for {model} ({why})"
             return ChutesError(Remedy.HOLD_MODEL, "unavailable", headline)
-        if line.cut_for:
+        if token.reason:
             headline = f"No whole image came within {self._config.task_timeout:g} seconds"
             return ChutesError(Remedy.RETRY, "upstream_timeout", headline, reply=reply)
         if reply.status:
@@ -336,22 +336,22 @@ class Chutes:
 
 
 class _Watched:
-    """A connection that shows its socket to the line before anything is sent on it."""
+    """A connection that shows its socket to the token before anything is sent on it."""
 
-    def __init__(self, *args: Any, line: Line, **kwargs: Any):
+    def __init__(self, *args: Any, token: CancelToken, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._line = line
+        self._token = token
 
     def _new_conn(self) -> socket.socket:
         # urllib3 has no public place before the TCP connection and the TLS handshake.
         try:
-            return self._line.connect(self._dns_host, self.port, self.timeout)
+            return self._token.connect(self._dns_host, self.port, self.timeout)
         except OSError as error:
             raise NewConnectionError(self, str(error)) from error
 
     def connect(self) -> None:
         super().connect()
-        self._line.connected = not self._line.cut_for
+        self._token.connected = not self._token.reason
 
 
 class _WatchedHTTP(_Watched, HTTPConnection):
@@ -363,25 +363,25 @@ class _WatchedHTTPS(_Watched, HTTPSConnection):
 
 
 class _Adapter(HTTPAdapter):
-    def __init__(self, line: Line):
+    def __init__(self, token: CancelToken):
         super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-        self._line = line
+        self._token = token
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool = super().get_connection_with_tls_context(*args, **kwargs)
         watched = _WatchedHTTPS if pool.scheme == "https" else _WatchedHTTP
-        pool.ConnectionCls = functools.partial(watched, line=self._line)
+        pool.ConnectionCls = functools.partial(watched, token=self._token)
         return pool
 
 
 class _Session(requests.Session):
     """A session for one call: no .netrc, no proxies, no redirects."""
 
-    def __init__(self, line: Line):
+    def __init__(self, token: CancelToken):
         super().__init__()
         self.trust_env = False
-        self.mount("http://", _Adapter(line))
-        self.mount("https://", _Adapter(line))
+        self.mount("http://", _Adapter(token))
+        self.mount("https://", _Adapter(token))
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Say that there is none: even a redirect not followed is read whole into memory."""

@@ -19,16 +19,16 @@ from records import (
     CANCELED,
     Ending,
     Hold,
-    Key,
+    IdempotencyKey,
     KeyReused,
     LowOnDisk,
-    Measures,
     NewHold,
     NewTask,
     PastCall,
     Queue,
     QueueFull,
-    Standing,
+    QueueView,
+    Stats,
     Task,
 )
 
@@ -106,8 +106,8 @@ class Database:
         self,
         tasks: Sequence[NewTask],
         now: float,
-        most_pending: int | None = None,
-        key: Key | None = None,
+        max_pending: int | None = None,
+        key: IdempotencyKey | None = None,
         low_on_disk: bool = False,
     ) -> list[str]:
         """Store pending tasks, all or none; when this returns, they outlive a loss of power.
@@ -122,7 +122,7 @@ class Database:
                 return first
             if low_on_disk:
                 raise LowOnDisk
-            _check_room(connection, most_pending, len(tasks))
+            _check_pending_limit(connection, max_pending, len(tasks))
             connection.executemany(
                 """INSERT INTO tasks
                      (id, prompt, model, params, priority, status, created_at, updated_at)
@@ -137,7 +137,7 @@ class Database:
                 connection.execute(
                     """INSERT OR REPLACE INTO idempotency (client, key, fingerprint, task, created)
                        VALUES (?, ?, ?, ?, ?)""",
-                    (key.client, key.text, key.fingerprint, " ".join(ids), now),
+                    (key.client, key.value, key.fingerprint, " ".join(ids), now),
                 )
             return ids
 
@@ -149,26 +149,26 @@ class Database:
             ).fetchall()
         return _task(rows)
 
-    def standing(
+    def queue_view(
         self,
         task: Task,
         rate_limit: tuple[int, float] | None,
         now: float,
-        most_calls: int = 0,
-    ) -> Standing:
+        max_calls: int = 0,
+    ) -> QueueView:
         """Read all that a pending task waits for, at one instant."""
-        return self.standings([task], rate_limit, now, most_calls)[0]
+        return self.queue_views([task], rate_limit, now, max_calls)[0]
 
-    def standings(
+    def queue_views(
         self,
         tasks: Sequence[Task],
         rate_limit: tuple[int, float] | None,
         now: float,
-        most_calls: int = 0,
-    ) -> list[Standing]:
+        max_calls: int = 0,
+    ) -> list[QueueView]:
         """Read all that each of the pending tasks waits for, at one instant.
 
-        `ahead` is exact to POSITIONS and one more beyond, `calls_today` to `most_calls`.
+        `ahead` is exact to POSITIONS and one more beyond, `calls_today` to `max_calls`.
         """
         with self._read() as connection:
             line = connection.execute(
@@ -181,14 +181,14 @@ class Database:
             ).fetchall()
             models = dict.fromkeys([ALL_MODELS, *(task.model for task in tasks)])
             holds = _holds(connection, list(models))
-            shared = Standing(
+            shared = QueueView(
                 ahead=0,
                 processing=_count_processing(connection),
                 paused=bool(paused),
                 pause_reason=pause_reason,
                 holds=(),
                 next_start=rate_limit and _next_start(connection, *rate_limit, now),
-                calls_today=_calls_since(connection, midnight(now), most_calls),
+                calls_today=_calls_since(connection, midnight(now), max_calls),
             )
         return [
             replace(
@@ -200,7 +200,7 @@ class Database:
         ]
 
     def has_work(self, now: float) -> bool:
-        """Tell whether `claim` would find a task; reads only, in well under a millisecond."""
+        """Return whether `claim` would find a task; reads only, in well under a millisecond."""
         with self._read() as connection:
             ((found,),) = connection.execute(
                 f"""SELECT EXISTS (SELECT 1 FROM tasks INDEXED BY tasks_later
@@ -215,10 +215,10 @@ class Database:
         with self._read() as connection:
             return _next_start(connection, count, seconds, now)
 
-    def calls_since(self, then: float, most: int) -> int:
-        """Count the calls started since then, up to `most`."""
+    def calls_since(self, then: float, limit: int) -> int:
+        """Count the calls started since then, up to `limit`."""
         with self._read() as connection:
-            return _calls_since(connection, then, most)
+            return _calls_since(connection, then, limit)
 
     def claim(self, now: float) -> Task | None:
         """Take the next task that may run and note its call, or return None.
@@ -278,7 +278,7 @@ class Database:
                 )
             return True
 
-    def newest(
+    def list_tasks(
         self, status: str | None, model: str | None, before: int | None, limit: int
     ) -> list[Task]:
         """Read up to `limit` tasks, the newest first, that were added before that `seq`."""
@@ -320,7 +320,7 @@ class Database:
             ).fetchall()
         return [replace(call, started=stamp(call.started)) for call in (PastCall(*r) for r in rows)]
 
-    def unended(self, ids: Iterable[str]) -> set[str]:
+    def unfinished(self, ids: Iterable[str]) -> set[str]:
         """Return those of the tasks that are pending or processing."""
         ids = list(ids)
         marks = ", ".join("?" * len(ids))
@@ -349,13 +349,13 @@ class Database:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def retry(self, id: str, new_id: str, now: float, most_pending: int | None = None) -> bool:
+    def retry(self, id: str, new_id: str, now: float, max_pending: int | None = None) -> bool:
         """Add a new task with the input of one that has ended; False where it has not.
 
         Raises QueueFull.
         """
         with self._write() as connection:
-            _check_room(connection, most_pending)
+            _check_pending_limit(connection, max_pending)
             if not _changed(
                 connection.execute(
                     f"""{_ADD_AGAIN} WHERE id = :id AND status IN ('completed', 'failed')""",
@@ -373,7 +373,7 @@ class Database:
         models: Sequence[str],
         new_id: Callable[[], str],
         now: float,
-        most_pending: int | None = None,
+        max_pending: int | None = None,
         limit: int = 500,
     ) -> int:
         """Add anew up to `limit` failed tasks not retried yet, the oldest first; say how many.
@@ -387,7 +387,7 @@ class Database:
         if models:
             only += " AND model IN (SELECT value FROM json_each(:models))"
         with self._write() as connection:
-            limit = min(limit, _room(connection, most_pending))
+            limit = min(limit, _free_slots(connection, max_pending))
             rows = connection.execute(
                 f"""SELECT id FROM tasks INDEXED BY {index}
                     WHERE status = 'failed' AND retried_as IS NULL
@@ -408,11 +408,11 @@ class Database:
                 connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
             return len(rows)
 
-    def remove(self, id: str, limits_since: float) -> bool:
+    def delete(self, id: str, limits_since: float) -> bool:
         """Delete a task that is not processing, and note that its files must go.
 
         Its calls go too, but for those started at `limits_since` or later, which still
-        count for the limits: `purge_calls` deletes them in time. Call `removed` when the
+        count for the limits: `purge_calls` deletes them in time. Call `files_deleted` when the
         files have gone: a death in between leaves the note.
         """
         with self._write() as connection:
@@ -422,11 +422,11 @@ class Database:
                 )
             ):
                 return False
-            _note_removal(connection, id, limits_since)
+            _note_deletion(connection, id, limits_since)
             return True
 
-    def retire(self, finished_before: float, limit: int, limits_since: float) -> list[Task]:
-        """Delete up to `limit` tasks that ended before then, with their calls, as `remove` does."""
+    def purge(self, finished_before: float, limit: int, limits_since: float) -> list[Task]:
+        """Delete up to `limit` tasks that ended before then, with their calls, as `delete` does."""
         cutoff = stamp(finished_before)
         with self._read() as connection:
             old = "FROM tasks INDEXED BY tasks_finished WHERE finished_at < ? LIMIT ?"
@@ -437,7 +437,7 @@ class Database:
             tasks = [_task([row]) for row in rows]
             for task in tasks:
                 connection.execute("DELETE FROM tasks WHERE seq = ?", (task.seq,))
-                _note_removal(connection, task.id, limits_since)
+                _note_deletion(connection, task.id, limits_since)
             return tasks
 
     def purge_calls(
@@ -463,7 +463,7 @@ class Database:
                 connection.executemany("DELETE FROM calls WHERE task = ? AND number = ?", orphans)
         return rows[-1][:3] if rows else None
 
-    def removals(self, limit: int = 1000) -> list[str]:
+    def pending_deletions(self, limit: int = 1000) -> list[str]:
         """Return some deleted tasks whose files may still be there, each time others."""
         with self._read() as connection:
             rows = connection.execute(
@@ -471,7 +471,7 @@ class Database:
             ).fetchall()
         return [row[0] for row in rows]
 
-    def removed(self, id: str) -> None:
+    def files_deleted(self, id: str) -> None:
         """Note that the files of a deleted task have gone."""
         with self._write() as connection:
             connection.execute("DELETE FROM removals WHERE id = ?", (id,))
@@ -503,14 +503,14 @@ class Database:
                 quota=None if quota[0] is None else tuple(quota),
             )
 
-    def check(self) -> None:
+    def check_writable(self) -> None:
         """Write nothing of note, to see that it can be written. Raises DatabaseError."""
         with self._write() as connection:
             # An UPDATE to the same values would write nothing at all.
             connection.execute("INSERT INTO removals (id) VALUES ('')")
             connection.execute("DELETE FROM removals WHERE id = ''")
 
-    def measure(self) -> Measures:
+    def stats(self) -> Stats:
         """Read the numbers that are for gauges only."""
         with self._read() as connection:
             statuses = connection.execute(
@@ -523,7 +523,7 @@ class Database:
             ((seconds, bytes_),) = connection.execute(
                 "SELECT upstream_seconds, image_bytes FROM queue"
             ).fetchall()
-        return Measures(dict(statuses), dict(failures), tuple(buckets), seconds, bytes_)
+        return Stats(dict(statuses), dict(failures), tuple(buckets), seconds, bytes_)
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
@@ -571,7 +571,7 @@ class Database:
             ).fetchall()
         return [_task([row]) for row in rows]
 
-    def begin(self, max_attempts: int, now: float) -> None:
+    def reset_run_state(self, max_attempts: int, now: float) -> None:
         """Note that the queue starts anew.
 
         No probe is under way, a pause of its own is lifted, and a task that has used up
@@ -589,21 +589,21 @@ class Database:
                          WHERE task = tasks.id AND outcome NOT IN ('shutdown', 'unavailable',
                            'quota', 'no_room') ORDER BY number DESC LIMIT 1),
                        updated_at = :stamp, finished_at = :stamp
-                   WHERE status = 'pending' AND attempts >= :most""",
-                {"stamp": stamp(now), "most": max_attempts},
+                   WHERE status = 'pending' AND attempts >= :maximum""",
+                {"stamp": stamp(now), "maximum": max_attempts},
             )
 
-    def set_clock_back(self, now: float, most: float) -> None:
+    def clamp_future_times(self, now: float, max_wait: float) -> None:
         """Take back what was written down for a time that a clock set back has yet to reach.
 
-        A task then waits at most `most` seconds for its attempt, a model an hour.
+        A task then waits at most `max_wait` seconds for its attempt, a model an hour.
         """
         with self._write() as connection:
             connection.execute("UPDATE calls SET started = :now WHERE started > :now", {"now": now})
             connection.execute(
                 """UPDATE tasks SET not_before = :latest
                    WHERE status = 'pending' AND not_before > :latest""",
-                {"latest": now + most},
+                {"latest": now + max_wait},
             )
             connection.execute(
                 """UPDATE holds SET until = :latest
@@ -613,7 +613,7 @@ class Database:
             # Whether there is room is looked at before a call.
             connection.execute(
                 "UPDATE holds SET until = :now WHERE until > :latest AND room > 0",
-                {"now": now, "latest": now + most},
+                {"now": now, "latest": now + max_wait},
             )
 
     def _connect(self) -> sqlite3.Connection:
@@ -765,15 +765,15 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
              reason = excluded.reason,
              probe = nullif(probe, :task),
              room = max(room, excluded.room),
-             step = CASE WHEN probe = :task THEN min(2 * step, :most) ELSE step END,
+             step = CASE WHEN probe = :task THEN min(2 * step, :maximum) ELSE step END,
              until = max(until, :now + coalesce(:wait,
-               CASE WHEN probe = :task THEN min(2 * step, :most) ELSE step END))""",
+               CASE WHEN probe = :task THEN min(2 * step, :maximum) ELSE step END))""",
         {
             "model": hold.model,
             "reason": hold.reason,
             "wait": hold.wait,
             "step": hold.step,
-            "most": hold.most,
+            "maximum": hold.maximum,
             "room": hold.room,
             "task": task.id,
             "now": now,
@@ -781,12 +781,12 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
     )
 
 
-def _note_removal(connection: sqlite3.Connection, task_id: str, limits_since: float) -> None:
+def _note_deletion(connection: sqlite3.Connection, task_id: str, limits_since: float) -> None:
     connection.execute("DELETE FROM calls WHERE task = ? AND started < ?", (task_id, limits_since))
     connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task_id,))
 
 
-def _first_tasks(connection: sqlite3.Connection, key: Key, now: float) -> list[str]:
+def _first_tasks(connection: sqlite3.Connection, key: IdempotencyKey, now: float) -> list[str]:
     connection.execute(
         """DELETE FROM idempotency WHERE rowid IN (
              SELECT rowid FROM idempotency WHERE created <= ? ORDER BY created LIMIT 500)""",
@@ -795,33 +795,35 @@ def _first_tasks(connection: sqlite3.Connection, key: Key, now: float) -> list[s
     rows = connection.execute(
         """SELECT fingerprint, task FROM idempotency
            WHERE client = ? AND key = ? AND created > ?""",
-        (key.client, key.text, now - KEY_SECONDS),
+        (key.client, key.value, now - KEY_SECONDS),
     ).fetchall()
     if rows and rows[0][0] != key.fingerprint:
         raise KeyReused
     return rows[0][1].split() if rows else []
 
 
-def _room(connection: sqlite3.Connection, most_pending: int | None) -> int:
+def _free_slots(connection: sqlite3.Connection, max_pending: int | None) -> int:
     """Return how many more tasks may be pending."""
-    if most_pending is None:
+    if max_pending is None:
         return sys.maxsize
     ((pending,),) = connection.execute(
         """SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_line
                                  WHERE status = 'pending' LIMIT ?)""",
-        (most_pending,),
+        (max_pending,),
     ).fetchall()
-    return most_pending - pending
+    return max_pending - pending
 
 
-def _check_room(connection: sqlite3.Connection, most_pending: int | None, wanted: int = 1) -> None:
-    if _room(connection, most_pending) < wanted:
+def _check_pending_limit(
+    connection: sqlite3.Connection, max_pending: int | None, wanted: int = 1
+) -> None:
+    if _free_slots(connection, max_pending) < wanted:
         raise QueueFull
 
 
-def _calls_since(connection: sqlite3.Connection, then: float, most: int = -1) -> int:
+def _calls_since(connection: sqlite3.Connection, then: float, limit: int = -1) -> int:
     ((calls,),) = connection.execute(
-        "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)", (then, most)
+        "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)", (then, limit)
     ).fetchall()
     return calls
 

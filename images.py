@@ -19,7 +19,7 @@ _BROKEN = "The image ended early or does not decode"
 
 
 class ImageError(AttemptError):
-    """A file that is no picture to keep."""
+    """A file that is no image to keep."""
 
     code = "upstream_truncated"
 
@@ -35,18 +35,18 @@ class BrokenImage(ImageError):
 
 
 class TooManyPixels(ImageError):
-    """The picture is larger than MAX_PIXELS."""
+    """The image is larger than MAX_PIXELS."""
 
     code = "image_too_large"
     remedy = Remedy.FAIL
 
 
 class Decoder:
-    """Decode one picture at a time, in one thread, which `close` ends.
+    """Decode one image at a time, in one thread, which `close` ends.
 
     Several at once are where a small machine's memory goes. And the allocator keeps what
     a thread has freed for that thread, so that each thread that ever decodes would keep
-    a picture's worth.
+    an image's worth.
     """
 
     def __init__(self):
@@ -67,7 +67,7 @@ class Decoder:
     def _do(self, work: Callable, *args: Path) -> Any:
         try:
             future = self._thread.submit(work, *args)
-        except RuntimeError:  # The interpreter is going down, but the picture is paid for.
+        except RuntimeError:  # The interpreter is going down, but the image is paid for.
             return work(*args)
         return future.result()
 
@@ -92,15 +92,15 @@ def inspect(path: Path) -> Image:
 
 
 def thumbnail(path: Path) -> bytes:
-    """Return a WebP image of the picture, at most THUMBNAIL_SIDE on its longest side.
+    """Return a WebP image of the image, at most THUMBNAIL_SIDE on its longest side.
 
     Raises BrokenImage where the file does not decode, OSError where it cannot be read.
     """
     out = io.BytesIO()
-    with _decoding_faults(), Pillow.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
-        picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-        mode = "RGBA" if picture.has_transparency_data else "RGB"
-        picture.convert(mode).save(out, "WEBP", quality=80)
+    with _decoding_faults(), Pillow.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        image.convert(mode).save(out, "WEBP", quality=80)
     return out.getvalue()
 
 
@@ -116,13 +116,13 @@ def _kind(head: bytes) -> str | None:
 
 def _decode(path: Path, kind: str) -> tuple[int, int]:
     with _decoding_faults():
-        with Pillow.open(path, formats=(kind,)) as picture:
-            width, height = picture.size
+        with Pillow.open(path, formats=(kind,)) as image:
+            width, height = image.size
             if width * height > MAX_PIXELS:
                 raise TooManyPixels(
                     f"The image has {width} x {height} pixels, more than 4096 x 4096"
                 )
-            picture.load()
+            image.load()
         if kind == "PNG":
             _check_chunks(path)
     return width, height

@@ -20,13 +20,13 @@ def part_path(config: Config, task_id: str) -> Path:
 
 
 def image_path(config: Config, task: Task) -> Path:
-    """Return where a task's picture is: where it was put, or in a folder that has moved."""
+    """Return where a task's image is: where it was put, or in a folder that has moved."""
     path = Path(task.file_path)
     return path if path.exists() else config.output_dir / path.name
 
 
 def thumbnail_path(config: Config, task_id: str) -> Path:
-    """Return where the thumbnail of a task's picture is kept."""
+    """Return where the thumbnail of a task's image is kept."""
     return config.output_dir / "thumbnails" / f"{task_id}.webp"
 
 
@@ -38,7 +38,7 @@ def finished_paths(config: Config, task_id: str) -> Iterator[Path]:
             yield path
 
 
-def keep(part: Path, target: Path, extension: str) -> Path:
+def publish(part: Path, target: Path, extension: str) -> Path:
     """Give a whole image its final name, `target` and the ending its bytes ask for.
 
     The file must be on disk (fsync) already; when this returns, so is its name.
@@ -53,7 +53,7 @@ def keep(part: Path, target: Path, extension: str) -> Path:
     return path
 
 
-def store(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, whoever else writes the same one."""
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -81,7 +81,7 @@ def sync_folder(path: Path) -> None:
 
 
 def has_room(folder: Path, size: int) -> bool:
-    """Tell whether the disk and its quotas leave room for so many bytes, by trying.
+    """Return whether the disk and its quotas leave room for so many bytes, by trying.
 
     Another fault than the lack of room is left to whoever writes in earnest.
     """
@@ -99,7 +99,7 @@ def has_room(folder: Path, size: int) -> bool:
 
 
 def is_low_on_disk(config: Config) -> bool:
-    """Tell whether less than MIN_FREE_MB is free where images or the database are."""
+    """Return whether less than MIN_FREE_MB is free where images or the database are."""
     floor = config.min_free_mb * 1024 * 1024
     return any(
         shutil.disk_usage(_nearest(folder)).free < floor

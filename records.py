@@ -27,11 +27,11 @@ class KeyReused(Exception):
 
 
 @dataclass(frozen=True)
-class Key:
+class IdempotencyKey:
     """An idempotency key of a client, and the fingerprint of the input that it came with."""
 
     client: str
-    text: str
+    value: str
     fingerprint: str
 
 
@@ -42,7 +42,7 @@ class Task:
     `attempts` are those that counted, `calls` all that were made; a call is known by
     the number that `calls` had while it ran. `not_before` is epoch seconds, and null
     where the task may run at once; the other times are UTC text. `bytes`, `width`,
-    `height` and `sha256` are the finished picture's.
+    `height` and `sha256` are the finished image's.
     """
 
     seq: int
@@ -118,7 +118,7 @@ class NewHold:
     model: str
     reason: str
     step: float
-    most: float
+    maximum: float
     wait: float | None = None
     room: int = 0
 
@@ -138,7 +138,7 @@ class Queue:
 
 
 @dataclass(frozen=True)
-class Measures:
+class Stats:
     """Numbers of all processes since the first start; only tasks and failures can shrink.
 
     `buckets` are upper bounds in seconds, and how many calls took at most that long.
@@ -152,7 +152,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Standing:
+class QueueView:
     """What a pending task waits for: its place in the line and all that holds it."""
 
     ahead: int

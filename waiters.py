@@ -6,47 +6,47 @@ from contextlib import contextmanager
 
 
 class Waiters:
-    """Let threads wait for tasks to end, in at most `most` places.
+    """Let threads wait for tasks to end, in at most `maximum` slots.
 
     Where a task ends in this process, `ended` wakes its waiters at once. What other
-    processes end is found by `look`, one query for all waiters, which whoever owns this
+    processes end is found by `poll`, one query for all waiters, which whoever owns this
     calls every few milliseconds.
     """
 
-    def __init__(self, unended: Callable[[Iterable[str]], set[str]], most: int):
-        self._unended = unended
-        self._most = most
+    def __init__(self, unfinished: Callable[[Iterable[str]], set[str]], maximum: int):
+        self._unfinished = unfinished
+        self._maximum = maximum
         self._lock = threading.Lock()
         self._taken = 0
         self._waiting: list[tuple[Collection[str], threading.Event]] = []
         self._released = False
 
     @contextmanager
-    def place(self, even_if_full: bool = False) -> Iterator[bool]:
-        """Keep one of the places to wait in; False where none is free, or all were released."""
+    def slot(self, force: bool = False) -> Iterator[bool]:
+        """Keep one of the slots to wait in; False where none is free, or all were released."""
         with self._lock:
-            is_free = even_if_full or self._taken < self._most
-            has_place = is_free and not self._released
-            self._taken += has_place
+            is_free = force or self._taken < self._maximum
+            has_slot = is_free and not self._released
+            self._taken += has_slot
         try:
-            yield has_place
+            yield has_slot
         finally:
             with self._lock:
-                self._taken -= has_place
+                self._taken -= has_slot
 
-    def wait(self, task_id: str, seconds: float, even_if_full: bool = False) -> bool:
+    def wait(self, task_id: str, seconds: float, force: bool = False) -> bool:
         """Return True when the task has ended, is gone, or the time is over.
 
-        Where there is no place (`even_if_full` takes one nevertheless), and once all are
+        Where there is no slot (`force` takes one nevertheless), and once all are
         released, return False instead, at once.
         """
-        with self.place(even_if_full) as has_place:
-            return has_place and self.wait_for_any([task_id], seconds)
+        with self.slot(force) as has_slot:
+            return has_slot and self.wait_for_any([task_id], seconds)
 
     def wait_for_any(self, ids: Collection[str], seconds: float) -> bool:
         """Return True when one of the tasks has ended, is gone, or the time is over.
 
-        Whoever calls this has a place. Once all are released, return False, at once.
+        Whoever calls this has a slot. Once all are released, return False, at once.
         """
         waiter = (ids, threading.Event())
         with self._lock:
@@ -54,29 +54,28 @@ class Waiters:
                 return False
             self._waiting.append(waiter)
         try:
-            if len(self._unended(ids)) == len(ids):
+            if len(self._unfinished(ids)) == len(ids):
                 waiter[1].wait(seconds)
         finally:
             with self._lock:
                 self._waiting.remove(waiter)
         return not self._released
 
-    @property
-    def are_there(self) -> bool:
-        """Tell whether anyone has a place."""
+    def __bool__(self) -> bool:
+        """Return whether anyone has a slot."""
         return bool(self._taken)
 
     def ended(self, task_id: str) -> None:
         """Wake those who wait for this task."""
         self._wake(lambda waited_for: waited_for == task_id)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Wake those of whose tasks one has ended, in whichever process."""
         with self._lock:
             ids = {task_id for ids, _ in self._waiting for task_id in ids}
         if ids:
-            unended = self._unended(ids)
-            self._wake(lambda waited_for: waited_for in ids and waited_for not in unended)
+            unfinished = self._unfinished(ids)
+            self._wake(lambda waited_for: waited_for in ids and waited_for not in unfinished)
 
     def release(self) -> None:
         """Wake all, and let no one wait any more."""

@@ -19,7 +19,7 @@ import chutes
 import db
 import images
 import outputs
-from chutes import Cut, Line
+from chutes import Canceled, CancelToken
 from config import Config
 from db import Database, DatabaseError
 from records import (
@@ -36,14 +36,14 @@ from records import (
 )
 from waiters import Waiters
 
-LOOK_SECONDS = 0.02
+POLL_SECONDS = 0.02
 MAX_BACKOFF = 300.0
 # A call reaches Chutes a little after it was claimed, and not always equally late.
 RATE_MARGIN = 0.25
-_CUT_SECONDS = 5.0
-_STORAGE_LOOK_SECONDS = 1.0
-_RETIRE_SECONDS = 60.0
-_RETIRE_STEP = 5
+_CANCEL_SECONDS = 5.0
+_DISK_POLL_SECONDS = 1.0
+_PURGE_SECONDS = 60.0
+_PURGE_STEP = 5
 _FIRST_CALL = (0.0, "", 0)
 
 log = logging.getLogger("worker")
@@ -73,28 +73,28 @@ class Worker:
         self._chutes = client
         self._decoder = decoder
         # Half of the HTTP threads may wait; the others answer.
-        self.waiters = Waiters(database.unended, config.threads // 2)
+        self.waiters = Waiters(database.unfinished, config.threads // 2)
         self._clock = clock
         self._jitter = jitter
         self._wake = threading.Event()
         self._draining = False
-        self._running: dict[str, tuple[Task, Line]] = {}
+        self._running: dict[str, tuple[Task, CancelToken]] = {}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._next_expiry = 0.0
-        self._last_look = 0.0
-        self._last_retired = 0.0
-        self._last_call_kept = _FIRST_CALL
-        self._over = threading.Event()
+        self._last_tick = 0.0
+        self._last_purge = 0.0
+        self._last_purged_call = _FIRST_CALL
+        self._is_over = threading.Event()
 
-    def start(self, wanted: Callable[[], bool] = lambda: True) -> None:
+    def start(self, keep_running: Callable[[], bool] = lambda: True) -> None:
         """Stand by for the queue, and run it when its lock is free; once, however often called.
 
-        When `wanted` says no, this drains: it is asked before every claim.
+        When `keep_running` says no, this drains: it is asked before every claim.
         """
         with self._starting:
             if self._thread is None:
-                self._wanted = wanted
+                self._keep_running = keep_running
                 self._thread = threading.Thread(target=self._run, name="queue")
                 self._thread.start()
 
@@ -103,33 +103,33 @@ class Worker:
         self._wake.set()
 
     def cancel(self, task_id: str) -> None:
-        """End a task: a pending one at once, one under way as soon as its call is cut."""
+        """End a task: a pending one at once, one under way as soon as its call is canceled."""
         self._db.cancel(task_id, self._clock())
         self.waiters.ended(task_id)
         self.wake()
 
-    def remove(self, task: Task) -> bool:
+    def delete(self, task: Task) -> bool:
         """Delete a task with its files; False while it is processing."""
-        if not self._db.remove(task.id, self._limits_since()):
+        if not self._db.delete(task.id, self._limits_since()):
             return False
         self.waiters.ended(task.id)
-        self._remove_files(task)
+        self._delete_files(task)
         return True
 
     @property
     def is_draining(self) -> bool:
-        """Tell whether this process starts no more calls."""
+        """Return whether this process starts no more calls."""
         return self._draining
 
     def is_run_by_any(self) -> bool:
-        """Tell whether some process, this one or another, runs the queue."""
+        """Return whether some process, this one or another, runs the queue."""
         with _QueueLock(self._config.database_path) as lock:
             return not lock.acquire()
 
     def drain(self) -> None:
-        """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cut them.
+        """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cancel them.
 
-        Safe in a signal handler. What is cut goes back to pending, and does not count.
+        Safe in a signal handler. What is canceled so goes back to pending, and does not count.
         """
         self._draining = True
 
@@ -146,48 +146,48 @@ class Worker:
                 if self._should_drain():
                     # What another process has under way may end in time for those who wait here.
                     until = min(until, time.monotonic() + self._config.shutdown_grace)
-                    if not self.waiters.are_there or time.monotonic() >= until:
+                    if not self.waiters or time.monotonic() >= until:
                         self.waiters.release()
                         return
                 self._stand_by()
             log.info("this process runs the queue")
             with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
-                self._insist(self._recover, self._should_drain)
+                self._write_until_accepted(self._recover, self._should_drain)
                 while not self._should_drain():
-                    self._turn(pool)
-                self._finish_all()
+                    self._tick(pool)
+                self._finish_running()
                 self.waiters.release()
 
     def _should_drain(self) -> bool:
-        if not self._draining and not self._wanted():
+        if not self._draining and not self._keep_running():
             self.drain()
         return self._draining
 
     def _stand_by(self) -> None:
         try:
-            self.waiters.look()
+            self.waiters.poll()
         except DatabaseError as error:
             log.error("the waiters wait for the database: %s", error)
-        self._wake.wait(LOOK_SECONDS)
+        self._wake.wait(POLL_SECONDS)
         self._wake.clear()
 
-    def _turn(self, pool: ThreadPoolExecutor) -> None:
+    def _tick(self, pool: ThreadPoolExecutor) -> None:
         self._wake.clear()
         try:
-            self._watch_the_clock()
+            self._check_clock()
             self._expire()
-            self._retire()
-            self._cut_canceled()
-            self.waiters.look()
+            self._purge()
+            self._cancel_requested()
+            self.waiters.poll()
             while self._has_room() and not self._should_drain() and self._start_one(pool):
                 pass
         except DatabaseError as error:
             log.error("the queue waits for its database: %s", error)
             self._wake.wait(1)
         except Exception:
-            log.exception("a defect in the queue; it goes on in a second")
+            log.exception("internal error in the queue; it goes on in a second")
             self._wake.wait(1)
-        self._wake.wait(LOOK_SECONDS)
+        self._wake.wait(POLL_SECONDS)
 
     def _has_room(self) -> bool:
         return len(self._running) < self._config.concurrency
@@ -200,21 +200,23 @@ class Worker:
         task = self._db.claim(now)
         if task is None:
             return False
-        line = Line()
-        self._running[task.id] = task, line
+        token = CancelToken()
+        self._running[task.id] = task, token
         try:
-            pool.submit(self._attempt, task, line)
+            pool.submit(self._attempt, task, token)
         except RuntimeError as error:
-            self._take_back(task, line, error)
+            self._take_back(task, token, error)
             return False
         return True
 
-    def _take_back(self, task: Task, line: Line, error: RuntimeError) -> None:
+    def _take_back(self, task: Task, token: CancelToken, error: RuntimeError) -> None:
         """Undo a claim that the pool did not take: no thread to be had, or no interpreter."""
         log.error("no thread for a call: %s", error, extra={"task": task.id})
-        # The pool may have kept the work for another thread: a cut line makes no call.
-        line.cut("shutdown")
-        self._insist(lambda: self._db.finish(task, SHUTDOWN, self._clock()), self._over.is_set)
+        # The pool may have kept the work for another thread: a canceled token makes no call.
+        token.cancel("shutdown")
+        self._write_until_accepted(
+            lambda: self._db.finish(task, SHUTDOWN, self._clock()), self._is_over.is_set
+        )
         self._running.pop(task.id)
         if "interpreter" in str(error):
             self.drain()
@@ -222,50 +224,50 @@ class Worker:
             self._wake.wait(1)
 
     def _rate_limited(self, now: float) -> bool:
-        limit, most = rate_limit(self._config), self._config.max_per_day
-        if most and self._db.calls_since(db.midnight(now), most) >= most:
+        limit, maximum = rate_limit(self._config), self._config.max_per_day
+        if maximum and self._db.calls_since(db.midnight(now), maximum) >= maximum:
             return True
         return limit is not None and self._db.next_start(*limit, now) is not None
 
     def _disk_is_full(self, now: float) -> bool:
-        """Tell whether there is too little room to pay for a call."""
+        """Return whether there is too little room to pay for a call."""
         if outputs.is_low_on_disk(self._config):
             return True
         hold = self._db.hold(ALL_MODELS)
         if not hold or not hold.room or outputs.has_room(self._config.output_dir, hold.room):
             return False
-        self._db.delay_hold(ALL_MODELS, now + _STORAGE_LOOK_SECONDS)
+        self._db.delay_hold(ALL_MODELS, now + _DISK_POLL_SECONDS)
         return True
 
-    def _watch_the_clock(self) -> None:
+    def _check_clock(self) -> None:
         """Take the times that were written down back with a clock that is set back."""
         now = self._clock()
-        if now < self._last_look - 1:
-            log.warning("the clock was set back", extra={"seconds": self._last_look - now})
-            self._db.set_clock_back(now, MAX_BACKOFF)
-            self._last_call_kept = _FIRST_CALL
-        self._last_look = now
+        if now < self._last_tick - 1:
+            log.warning("the clock was set back", extra={"seconds": self._last_tick - now})
+            self._db.clamp_future_times(now, MAX_BACKOFF)
+            self._last_purged_call = _FIRST_CALL
+        self._last_tick = now
 
-    def _retire(self) -> None:
+    def _purge(self) -> None:
         """Remove what ended RETENTION_DAYS ago, and what deleted tasks left; a little a turn."""
         now = self._clock()
-        if abs(now - self._last_retired) < _RETIRE_SECONDS:
+        if abs(now - self._last_purge) < _PURGE_SECONDS:
             return
         retired = []
         if self._config.retention_days:
             before = now - self._config.retention_days * 86400
-            retired = self._db.retire(before, _RETIRE_STEP, self._limits_since())
+            retired = self._db.purge(before, _PURGE_STEP, self._limits_since())
         for task in retired:
-            self._remove_files(task)
+            self._delete_files(task)
         if retired:
             log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
             return
-        for task_id in self._db.removals(_RETIRE_STEP):
-            self._finish_removal(task_id)
-        if last := self._db.purge_calls(self._last_call_kept, self._limits_since()):
-            self._last_call_kept = last
+        for task_id in self._db.pending_deletions(_PURGE_STEP):
+            self._finish_deletion(task_id)
+        if last := self._db.purge_calls(self._last_purged_call, self._limits_since()):
+            self._last_purged_call = last
             return
-        self._last_retired = now
+        self._last_purge = now
 
     def _limits_since(self) -> float:
         """Return from when on (epoch seconds) calls count for a limit, the day's or the rate's."""
@@ -284,58 +286,58 @@ class Worker:
         else:
             self._next_expiry = now
 
-    def _cut_canceled(self) -> None:
+    def _cancel_requested(self) -> None:
         """Cut the calls that a client, in whichever process, has canceled."""
         for task_id in self._db.canceling() if self._running else ():
             if running := self._running.get(task_id):
-                running[1].cut("canceled")
+                running[1].cancel("canceled")
 
-    def _remove_files(self, task: Task) -> None:
+    def _delete_files(self, task: Task) -> None:
         if task.file_path:
             with suppress(OSError):  # It may be in a folder that was OUTPUT_DIR before.
                 Path(task.file_path).unlink(missing_ok=True)
-        self._finish_removal(task.id)
+        self._finish_deletion(task.id)
 
-    def _finish_removal(self, task_id: str) -> None:
+    def _finish_deletion(self, task_id: str) -> None:
         try:
             outputs.remove(self._config, task_id)
         except OSError:
             log.exception("a file stays; its removal is tried again", extra={"task": task_id})
             return
-        self._db.removed(task_id)
+        self._db.files_deleted(task_id)
 
-    def _attempt(self, task: Task, line: Line) -> None:
+    def _attempt(self, task: Task, token: CancelToken) -> None:
         """Make one call for the task and write down how it ended; runs in the pool."""
-        if self._running.get(task.id) != (task, line):
+        if self._running.get(task.id) != (task, token):
             return  # It was taken back, and perhaps claimed anew.
         part = outputs.part_path(self._config, task.id)
         began = time.monotonic()
-        end = self._call(task, part, line)
+        end = self._call(task, part, token)
         # Before the row: what dies in between is still found as an orphan.
         with suppress(OSError):  # A folder that cannot be written must not stop the end.
             part.unlink(missing_ok=True)
         end = replace(end, seconds=time.monotonic() - began)
-        self._insist(lambda: self._finish(task, end), self._over.is_set)
+        self._write_until_accepted(lambda: self._finish(task, end), self._is_over.is_set)
         self._running.pop(task.id, None)
         self._wake.set()
 
-    def _call(self, task: Task, part: Path, line: Line) -> Ending:
+    def _call(self, task: Task, part: Path, token: CancelToken) -> Ending:
         """Fetch and keep the image; return how that ended."""
         reply = Reply()
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            reply = self._chutes.generate(task.model, task.prompt, task.params, part, line)
+            reply = self._chutes.generate(task.model, task.prompt, task.params, part, token)
             image = self._decoder.inspect(part)
-            path = outputs.keep(part, self._config.output_dir / task.id, image.extension)
-        except Cut as cut:
-            return CANCELED if str(cut) == "canceled" else replace(SHUTDOWN, outcome=str(cut))
+            path = outputs.publish(part, self._config.output_dir / task.id, image.extension)
+        except Canceled as reason:
+            return CANCELED if str(reason) == "canceled" else replace(SHUTDOWN, outcome=str(reason))
         except AttemptError as error:
             return self._consequence(task, error, error.reply or reply)
         except OSError as error:
             return self._consequence(task, chutes.disk_error(error, part), Reply())
         except Exception as error:
-            log.exception("a defect of this server", extra={"task": task.id})
-            message = f"A defect of this server ({type(error).__name__}); its log tells more"
+            log.exception("internal server error", extra={"task": task.id})
+            message = f"Internal server error ({type(error).__name__}); see the server log"
             return Ending("internal", "failed", error=message)
         return Ending("completed", "completed", reply=reply, path=path, image=image)
 
@@ -354,7 +356,7 @@ class Worker:
             model=task.model if error.remedy is Remedy.HOLD_MODEL else ALL_MODELS,
             reason=error.headline,
             step=self._config.retry_backoff,
-            most=MAX_BACKOFF,
+            maximum=MAX_BACKOFF,
             wait=error.wait,
             room=error.room,
         )
@@ -362,11 +364,11 @@ class Worker:
 
     def _another_attempt(self, task: Task, end: Ending) -> Ending:
         """Return the ending with another attempt to follow, if there is one left."""
-        attempts, most = task.attempts + 1, self._config.max_attempts
+        attempts, maximum = task.attempts + 1, self._config.max_attempts
         is_over = end.outcome == "interrupted" and self._config.interrupted == "fail"
-        if attempts < most and not is_over:
+        if attempts < maximum and not is_over:
             return replace(end, status="pending")
-        error = f"{end.error} (attempt {attempts} of {max(attempts, most)})"
+        error = f"{end.error} (attempt {attempts} of {max(attempts, maximum)})"
         return replace(end, error=error, not_before=None)
 
     def _finish(self, task: Task, end: Ending) -> None:
@@ -398,7 +400,9 @@ class Worker:
         if now is None or now.file_path != str(path):
             path.unlink(missing_ok=True)
 
-    def _insist(self, write: Callable[[], None], gives_up: Callable[[], bool]) -> None:
+    def _write_until_accepted(
+        self, write: Callable[[], None], gives_up: Callable[[], bool]
+    ) -> None:
         """Write to the database, again each second until it takes it or `gives_up` says so."""
         while True:
             try:
@@ -406,17 +410,17 @@ class Worker:
             except DatabaseError as error:
                 log.error("the queue waits for its database: %s", error)
             except Exception:
-                log.exception("a defect of this server; what it stopped is tried again")
-            if gives_up() or self._over.wait(1):
+                log.exception("internal server error; what it stopped is tried again")
+            if gives_up() or self._is_over.wait(1):
                 return None
 
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""
         now = self._clock()
-        self._db.set_clock_back(now, MAX_BACKOFF)
-        self._db.begin(self._config.max_attempts, now)
-        for task_id in self._db.removals():
-            self._finish_removal(task_id)
+        self._db.clamp_future_times(now, MAX_BACKOFF)
+        self._db.reset_run_state(self._config.max_attempts, now)
+        for task_id in self._db.pending_deletions():
+            self._finish_deletion(task_id)
         for task in self._db.orphans():
             self._finish(task, self._orphan_ending(task))
 
@@ -434,7 +438,7 @@ class Worker:
         return self._another_attempt(task, Ending("interrupted", "failed", error=message))
 
     def _finished_file(self, task: Task) -> tuple[Path, Image] | None:
-        """Return the picture of an orphan that was whole when its process died."""
+        """Return the image of an orphan that was whole when its process died."""
         outputs.part_path(self._config, task.id).unlink(missing_ok=True)
         for path in outputs.finished_paths(self._config, task.id):
             try:
@@ -446,29 +450,29 @@ class Worker:
             return path, image
         return None
 
-    def _finish_all(self) -> None:
-        """Wait for the calls under way, cut them when the grace is over, and wait again."""
+    def _finish_running(self) -> None:
+        """Wait for the calls under way, cancel them when the grace is over, and wait again."""
         if self._running:
             log.info(
                 "no new calls; waiting for those under way",
                 extra={"calls": len(self._running), "grace": self._config.shutdown_grace},
             )
         self._wait_for_calls(self._config.shutdown_grace)
-        for _, line in list(self._running.values()):
-            line.cut("shutdown")
-        self._wait_for_calls(_CUT_SECONDS)
-        self._over.set()
-        # What cannot be cut, such as the look-up of a name, must not count either.
+        for _, token in list(self._running.values()):
+            token.cancel("shutdown")
+        self._wait_for_calls(_CANCEL_SECONDS)
+        self._is_over.set()
+        # What cannot be canceled, such as the look-up of a name, must not count either.
         for task, _ in list(self._running.values()):
             put_back = functools.partial(self._db.finish, task, SHUTDOWN, self._clock())
-            self._insist(put_back, self._over.is_set)
+            self._write_until_accepted(put_back, self._is_over.is_set)
 
     def _wait_for_calls(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while self._running and (left := deadline - time.monotonic()) > 0:
             with suppress(DatabaseError):
-                self._cut_canceled()
-            self._wake.wait(min(left, LOOK_SECONDS))
+                self._cancel_requested()
+            self._wake.wait(min(left, POLL_SECONDS))
             self._wake.clear()
 
 

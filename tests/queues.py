@@ -55,8 +55,8 @@ class Queue:
     def waits(self, task_id):
         task = self.task(task_id)
         limit = worker.rate_limit(self.config)
-        standing = self.db.standing(task, limit, self.clock())
-        return waiting_for(task, standing, self.config, self.clock())
+        queue_view = self.db.queue_view(task, limit, self.clock())
+        return waiting_for(task, queue_view, self.config, self.clock())
 
     def files(self):
         return sorted(file.name for file in self.config.output_dir.iterdir())
@@ -72,6 +72,6 @@ class Queue:
         self.db.close()
 
 
-def steady(fact, looks=20):
+def ever(fact, looks=20):
     """Look again for as many turns of the queue as would let it happen."""
-    return any(fact() or threading.Event().wait(worker.LOOK_SECONDS) for _ in range(looks))
+    return any(fact() or threading.Event().wait(worker.POLL_SECONDS) for _ in range(looks))

@@ -174,7 +174,7 @@ class Server:
 
 
 def alive(pid):
-    """Tell whether the process runs, and is not only waiting to be reaped."""
+    """Return whether the process runs, and is not only waiting to be reaped."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROMPT, TOKEN, finished, submit, wait_until
-from upstream import Answer, picture, refusal
+from upstream import Answer, image_bytes, refusal
 
 from app import close, create_app
 from db import DatabaseError
@@ -18,7 +18,7 @@ from web.params import MAX_BODY
 
 
 def test_a_prompt_becomes_a_picture_on_disk(client, upstream, tmp_path):
-    data = picture("JPEG", (640, 480))
+    data = image_bytes("JPEG", (640, 480))
     upstream.decide = lambda fields: Answer(body=data, headers={"Content-Type": "image/png"})
     task = finished(client, submit(client))
     path = Path(task["file_path"])

@@ -16,9 +16,9 @@ import pytest
 import requests
 import responses
 from conftest import TOKEN
-from upstream import Answer, closed_port, picture, raw_server, refusal, until_gone
+from upstream import Answer, closed_port, image_bytes, raw_server, refusal, until_gone
 
-from chutes import MAX_RETRY_AFTER, Chutes, ChutesError, Cut, Line
+from chutes import MAX_RETRY_AFTER, Canceled, CancelToken, Chutes, ChutesError
 from records import Remedy
 
 URL = "https://image.chutes.ai/generate"
@@ -29,11 +29,11 @@ PARAMS = {"width": 512}
 def call(configure, tmp_path, clock):
     """Return a function that makes one call and returns the file, or raises what it raises."""
 
-    def make(url=URL, line=None, model="m", seconds=600, **values):
+    def make(url=URL, token=None, model="m", seconds=600, **values):
         config = configure(CHUTES_API_URL=url, **values)
         config = config.model_copy(update={"task_timeout": seconds})
         client = Chutes(config, clock)
-        client.generate(model, "a fox", PARAMS, tmp_path / "part", line or Line())
+        client.generate(model, "a fox", PARAMS, tmp_path / "part", token or CancelToken())
         return (tmp_path / "part").read_bytes()
 
     return make
@@ -49,7 +49,7 @@ def refused(call, *args, **values):
 
 
 def test_the_body_is_flat_and_the_token_a_bearer(call, upstream):
-    assert call(upstream.url) == picture()
+    assert call(upstream.url) == image_bytes()
     assert upstream.calls == [{"model": "m", "prompt": "a fox", "width": 512}]
     path, headers = upstream.headers[0]
     assert path == "/generate"
@@ -67,7 +67,7 @@ def test_a_model_in_the_address_is_not_in_the_body(call, upstream):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_the_bytes_on_disk_are_those_that_were_sent(call, upstream, kind):
-    data = picture(kind, (1000, 700)) + os.urandom(200_000)
+    data = image_bytes(kind, (1000, 700)) + os.urandom(200_000)
     upstream.decide = lambda fields: Answer(body=data, headers={"Content-Type": "text/html"})
     assert hashlib.sha256(call(upstream.url)).digest() == hashlib.sha256(data).digest()
 
@@ -99,7 +99,7 @@ def test_netrc_and_proxies_of_the_environment_are_ignored(call, upstream, monkey
 def test_the_invocation_is_kept(configure, upstream, tmp_path):
     upstream.decide = lambda fields: Answer(headers={"X-Chutes-InvocationID": "inv-7"})
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
-    reply = client.generate("m", "p", {}, tmp_path / "part", Line())
+    reply = client.generate("m", "p", {}, tmp_path / "part", CancelToken())
     assert (reply.status, reply.invocation_id) == (200, "inv-7")
 
 
@@ -297,7 +297,7 @@ def test_the_second_address_is_tried_when_the_first_refuses(call, upstream, monk
     ports = (closed_port(), upstream.server_address[1])
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
     monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: found)
-    assert call(upstream.url) == picture()
+    assert call(upstream.url) == image_bytes()
 
 
 def test_a_dead_address_leaves_time_for_the_next(call, upstream, monkeypatch):
@@ -305,26 +305,26 @@ def test_a_dead_address_leaves_time_for_the_next(call, upstream, monkeypatch):
         ports = (int(url.split(":")[2].split("/")[0]), upstream.server_address[1])
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports]
         monkeypatch.setattr("chutes.socket.getaddrinfo", lambda *a, **v: found)
-        assert call(upstream.url, seconds=2) == picture()
+        assert call(upstream.url, seconds=2) == image_bytes()
 
 
-def test_connecting_can_be_cut(call):
-    line = Line()
-    threading.Timer(0.2, line.cut, ("shutdown",)).start()
-    with full_listener() as url, pytest.raises(Cut, match="shutdown"):
+def test_connecting_can_be_canceled(call):
+    token = CancelToken()
+    threading.Timer(0.2, token.cancel, ("shutdown",)).start()
+    with full_listener() as url, pytest.raises(Canceled, match="shutdown"):
         began = time.monotonic()
-        call(url, line)
+        call(url, token)
     assert time.monotonic() - began < 5
 
 
-def test_a_tls_handshake_can_be_cut(call):
-    line = Line()
-    threading.Timer(0.2, line.cut, ("shutdown",)).start()
+def test_a_tls_handshake_can_be_canceled(call):
+    token = CancelToken()
+    threading.Timer(0.2, token.cancel, ("shutdown",)).start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"https://127.0.0.1:{listener.getsockname()[1]}/generate"
         began = time.monotonic()
-        with pytest.raises(Cut, match="shutdown"):
-            call(url, line)
+        with pytest.raises(Canceled, match="shutdown"):
+            call(url, token)
     assert time.monotonic() - began < 5
 
 
@@ -332,7 +332,7 @@ def test_a_tls_handshake_can_be_cut(call):
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-PICTURE = picture("PNG", (400, 300))
+PICTURE = image_bytes("PNG", (400, 300))
 LENGTH = HEAD + b"Content-Length: %d\r\n\r\n" % len(PICTURE)
 
 
@@ -422,7 +422,7 @@ def test_the_deadline_holds_in_every_phase(call, name):
 @pytest.mark.parametrize("name", SLOW)
 def test_another_thread_can_cut_the_call_in_every_phase(call, name, reason):
     first, then = SLOW[name]
-    line, reached = Line(), threading.Event()
+    token, reached = CancelToken(), threading.Event()
 
     def answer(connection):
         connection.sendall(first)
@@ -431,30 +431,30 @@ def test_another_thread_can_cut_the_call_in_every_phase(call, name, reason):
 
     def cut():
         reached.wait(10)
-        line.cut(reason)
+        token.cancel(reason)
 
     threading.Thread(target=cut).start()
-    with raw_server(answer) as url, pytest.raises(Cut, match=reason):
-        call(url, line)
+    with raw_server(answer) as url, pytest.raises(Canceled, match=reason):
+        call(url, token)
 
 
-def test_a_line_that_was_cut_before_there_was_a_connection_stays_cut(call, upstream):
-    line = Line()
-    line.cut("shutdown")
-    with pytest.raises(Cut):
-        call(upstream.url, line)
+def test_a_token_that_was_canceled_before_there_was_a_connection_stays_so(call, upstream):
+    token = CancelToken()
+    token.cancel("shutdown")
+    with pytest.raises(Canceled):
+        call(upstream.url, token)
 
 
-def test_an_answer_that_was_whole_when_the_line_was_cut_is_kept(call):
-    line = Line()
+def test_an_answer_that_was_whole_when_it_was_canceled_is_kept(call):
+    token = CancelToken()
 
     def answer(connection):
         connection.sendall(LENGTH + PICTURE)
         until_gone(connection)
-        line.cut("shutdown")
+        token.cancel("shutdown")
 
     with raw_server(answer) as url:
-        assert call(url, line) == PICTURE
+        assert call(url, token) == PICTURE
 
 
 def test_a_refusal_that_stalls_in_its_body_is_known_by_its_status(call, monkeypatch):
@@ -562,7 +562,7 @@ def test_no_room_is_told_with_what_was_needed(configure, upstream, tmp_path, mon
     monkeypatch.setattr("os.fsync", lambda file: _raise(OSError(28, "No space left on device")))
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "part", Line())
+        client.generate("m", "p", {}, tmp_path / "part", CancelToken())
     assert (caught.value.remedy, caught.value.code) == (Remedy.HOLD_ALL, "no_room")
     assert caught.value.room >= 400_000
 
@@ -570,7 +570,7 @@ def test_no_room_is_told_with_what_was_needed(configure, upstream, tmp_path, mon
 def test_a_folder_that_cannot_be_written_costs_no_call(configure, upstream, tmp_path):
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "none" / "part", Line())
+        client.generate("m", "p", {}, tmp_path / "none" / "part", CancelToken())
     assert (caught.value.remedy, caught.value.code) == (Remedy.FAIL, "storage")
     assert str(tmp_path / "none") in str(caught.value)
     assert upstream.calls == []
@@ -586,9 +586,9 @@ def _raise(error):
 def test_a_call_leaves_no_thread_and_no_descriptor(call, upstream):
     call(upstream.url)
     before = len(list(Path("/proc/self/fd").iterdir()))
-    lines = [Line() for _ in range(10)]
-    for line in lines:
-        call(upstream.url, line)
+    tokens = [CancelToken() for _ in range(10)]
+    for token in tokens:
+        call(upstream.url, token)
     refused(call, f"http://127.0.0.1:{closed_port()}/generate")
     assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.is_alive()]
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1

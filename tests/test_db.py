@@ -35,7 +35,7 @@ def claimed(database, now=NOW):
 
 
 def hold(model="m", **values):
-    return NewHold(model, **{"reason": "busy", "step": 5, "most": 300, **values})
+    return NewHold(model, **{"reason": "busy", "step": 5, "maximum": 300, **values})
 
 
 def held(model="m", **values):
@@ -218,7 +218,7 @@ def test_holds_outlive_a_restart_but_probes_do_not(database):
     add(database, "a")
     database.finish(database.claim(NOW), held(), NOW)
     probe = database.claim(NOW + 5)
-    database.begin(3, NOW)
+    database.reset_run_state(3, NOW)
     assert database.hold("m").probe is None
     assert [task.id for task in database.orphans()] == [probe.id]
 
@@ -227,9 +227,9 @@ def test_a_pause_of_its_own_stops_the_queue_until_it_begins_anew(database):
     add(database, "a", "b")
     database.finish(database.claim(NOW), replace(FAILED, pause_reason="401"), NOW)
     assert claimed(database) == []
-    standing = database.standing(database.get("b"), None, NOW)
-    assert (standing.paused, standing.pause_reason) == (True, "401")
-    database.begin(3, NOW)
+    queue_view = database.queue_view(database.get("b"), None, NOW)
+    assert (queue_view.paused, queue_view.pause_reason) == (True, "401")
+    database.reset_run_state(3, NOW)
     assert claimed(database) == ["b"]
 
 
@@ -238,7 +238,7 @@ def test_calls_of_a_deleted_task_still_count_for_the_limits(database):
     for now in (NOW - 100, NOW):
         task = database.claim(now)
         database.finish(task, FAILED, now)
-        assert database.remove(task.id, NOW - 50)
+        assert database.delete(task.id, NOW - 50)
     assert rows(database, "SELECT task FROM calls") == [("b",)]
     assert database.calls_since(NOW - 50, 9) == 1
 
@@ -248,7 +248,7 @@ def test_calls_of_deleted_tasks_are_purged_in_steps_and_no_others(database):
     for name in "abcd":
         database.finish(database.claim(NOW), FAILED, NOW)
         if name in "ac":
-            database.remove(name, 0)
+            database.delete(name, 0)
     last, looks = (0.0, "", 0), 0
     while last := database.purge_calls(last, NOW + 1, limit=1):
         looks += 1
@@ -282,7 +282,7 @@ def test_a_clock_set_back_stops_nothing_for_long(database):
     database.finish(first, retry("e", NOW + 5), NOW)
     database.finish(database.claim(NOW), held(wait=60), NOW)
     past = NOW - 86400
-    database.set_clock_back(past, 300)
+    database.clamp_future_times(past, 300)
     assert database.next_start(1, 60, past + 59) == past + 60
     assert database.next_start(1, 60, past + 60) is None
     assert database.get("a").not_before == past + 300
@@ -292,14 +292,14 @@ def test_a_clock_set_back_stops_nothing_for_long(database):
 def test_a_hold_for_want_of_room_is_due_when_the_clock_goes_back(database):
     add(database, "a")
     database.finish(database.claim(NOW), held(ALL_MODELS, room=9), NOW)
-    database.set_clock_back(NOW - 86400, 300)
+    database.clamp_future_times(NOW - 86400, 300)
     assert database.hold(ALL_MODELS).until <= NOW - 86400 + 300
 
 
 def test_a_quota_is_held_until_its_reset_whatever_the_clock_does(database):
     add(database, "a")
     database.finish(database.claim(NOW), held(ALL_MODELS, wait=80000), NOW)
-    database.set_clock_back(NOW - 86400, 300)
+    database.clamp_future_times(NOW - 86400, 300)
     assert database.hold(ALL_MODELS).until == NOW + 80000
 
 
@@ -310,7 +310,7 @@ def test_attempts_that_are_no_longer_allowed_are_not_made(database):
         database.finish(task, Ending("upstream_timeout", "pending", error="too slow"), NOW)
         assert task.id == "a"
     database.finish(database.claim(NOW + 100), SHUTDOWN, NOW)
-    database.begin(2, NOW)
+    database.reset_run_state(2, NOW)
     task = database.get("a")
     assert (task.status, task.error_code, task.error) == ("failed", "upstream_timeout", "too slow")
     assert database.get("b").status == "pending"
@@ -330,11 +330,11 @@ def test_what_waited_too_long_expires_in_steps(database):
 def test_the_place_in_the_line(database):
     add(database, "a", "b")
     add(database, "urgent", priority=5)
-    places = {name: database.standing(database.get(name), None, NOW).ahead for name in "ab"}
+    places = {name: database.queue_view(database.get(name), None, NOW).ahead for name in "ab"}
     assert places == {"a": 1, "b": 2}
-    assert database.standing(database.get("urgent"), None, NOW).ahead == 0
+    assert database.queue_view(database.get("urgent"), None, NOW).ahead == 0
     database.claim(NOW)
-    assert database.standing(database.get("a"), None, NOW).ahead == 0
+    assert database.queue_view(database.get("a"), None, NOW).ahead == 0
 
 
 def fill(database, count, models=3):
@@ -349,10 +349,10 @@ def fill(database, count, models=3):
 
 def test_the_place_is_exact_to_1000_and_no_further(database):
     fill(database, 1100)
-    assert database.standing(database.get("t999"), None, NOW).ahead == 999
-    assert database.standing(database.get("t1000"), None, NOW).ahead == 1000
-    assert database.standing(database.get("t1001"), None, NOW).ahead == 1001
-    assert database.standing(database.get("t1099"), None, NOW).ahead == 1001
+    assert database.queue_view(database.get("t999"), None, NOW).ahead == 999
+    assert database.queue_view(database.get("t1000"), None, NOW).ahead == 1000
+    assert database.queue_view(database.get("t1001"), None, NOW).ahead == 1001
+    assert database.queue_view(database.get("t1099"), None, NOW).ahead == 1001
 
 
 def plan(database, sql, values):
@@ -382,7 +382,7 @@ LISTS = {
 def test_a_list_is_served_by_an_index(database, name):
     fill(database, 100)
     with traced(database) as statements:
-        assert database.newest(*LISTS[name])
+        assert database.list_tasks(*LISTS[name])
     (sql,) = [statement for statement in statements if "FROM tasks" in statement]
     (step,) = plan(database, sql, ())
     assert step.startswith("SEARCH tasks USING") or (name == "all" and step == "SCAN tasks")
@@ -391,7 +391,7 @@ def test_a_list_is_served_by_an_index(database, name):
 def test_place_and_status_are_served_by_an_index(database):
     fill(database, 100)
     with traced(database) as statements:
-        database.standing(database.get("t50"), (60, 60), NOW)
+        database.queue_view(database.get("t50"), (60, 60), NOW)
     on_tasks = [sql for sql in statements if "FROM tasks" in sql]
     steps = [step for sql in on_tasks for step in plan(database, sql, ()) if "tasks" in step]
     assert len(steps) >= 3
@@ -405,9 +405,9 @@ def test_a_page_of_waiting_tasks_costs_no_more_statements_than_one(database):
     fill(database, 200)
     numbers = []
     for count in (1, 200):
-        tasks = database.newest("pending", None, None, count)
+        tasks = database.list_tasks("pending", None, None, count)
         with traced(database) as statements:
-            assert len(database.standings(tasks, (60, 60), NOW, 9)) == count
+            assert len(database.queue_views(tasks, (60, 60), NOW, 9)) == count
         numbers.append(len([sql for sql in statements if " holds " not in sql]))
     assert numbers[0] == numbers[1] < 10
 
@@ -420,8 +420,8 @@ def test_each_task_of_a_page_has_its_own_place_and_its_own_holds(database):
     database.finish(database.claim(NOW), held(), NOW)
     tasks = [database.get(name) for name in ("x", "c", "a")]
     assert [
-        (standing.ahead, [one.model for one in standing.holds])
-        for standing in database.standings(tasks, None, NOW)
+        (queue_view.ahead, [one.model for one in queue_view.holds])
+        for queue_view in database.queue_views(tasks, None, NOW)
     ] == [(3, []), (2, ["m"]), (0, ["m"])]
 
 
@@ -429,7 +429,7 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
     add(database, "a", "b", "c")
     task = database.get("b")
     database.cancel("b", NOW)
-    assert database.standing(task, None, NOW).ahead == 1
+    assert database.queue_view(task, None, NOW).ahead == 1
 
 
 @contextmanager

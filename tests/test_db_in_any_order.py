@@ -118,7 +118,7 @@ class Model:
             self.holds[new.model] = ModelHold(now + wait, new.step, new.room)
             return
         if old.probe == task_id:
-            old.step, old.probe = min(2 * old.step, new.most), None
+            old.step, old.probe = min(2 * old.step, new.maximum), None
         old.until = max(old.until, now + (old.step if new.wait is None else new.wait))
         old.room = max(old.room, new.room)
 
@@ -149,7 +149,7 @@ class Model:
                 outcomes = (self.outcomes[task.id, n] for n in range(task.calls, 0, -1))
                 self._fail(task, next(word for word in outcomes if word not in UNCOUNTED))
 
-    def set_clock_back(self, now):
+    def clamp_future_times(self, now):
         for task in self.tasks.values():
             if task.status == "pending" and task.not_before:
                 task.not_before = min(task.not_before, now + MAX_BACKOFF)
@@ -167,7 +167,7 @@ def endings():
         model=st.sampled_from(("m", ALL_MODELS)),
         reason=st.just("busy"),
         step=st.just(5.0),
-        most=st.just(300.0),
+        maximum=st.just(300.0),
         wait=st.sampled_from((None, 7.0, 4000.0)),
         room=st.sampled_from((0, 9)),
     )
@@ -270,7 +270,7 @@ class Verbs(RuleBasedStateMachine):
     def delete(self, data):
         task_id = data.draw(st.sampled_from(sorted(self.model.tasks)))
         limits_since = self.now + 1e6
-        assert self.database.remove(task_id, limits_since) is self.model.remove(task_id)
+        assert self.database.delete(task_id, limits_since) is self.model.remove(task_id)
 
     @precondition(lambda self: not self.model.pause)
     @rule(is_meant=st.sampled_from((False, False, True)))
@@ -288,14 +288,14 @@ class Verbs(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((10.0, 5000.0)))
     def set_the_clock_back(self, seconds):
         self.now -= seconds
-        self.database.set_clock_back(self.now, MAX_BACKOFF)
-        self.model.set_clock_back(self.now)
+        self.database.clamp_future_times(self.now, MAX_BACKOFF)
+        self.model.clamp_future_times(self.now)
 
     @rule(end=st.sampled_from((SHUTDOWN, Ending("interrupted", "pending", error="died"))))
     def crash_and_recover(self, end):
         self.database.close()
         self.database = Database(self.path)
-        self.database.begin(MAX_ATTEMPTS, self.now)
+        self.database.reset_run_state(MAX_ATTEMPTS, self.now)
         self.model.begin()
         orphans = self.database.orphans()
         assert {task.id for task in orphans} == {task.id for task in self.under_way()}

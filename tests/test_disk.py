@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Clock, finished, submit, wait_until
 from server import Server
-from upstream import Answer, picture
+from upstream import Answer, image_bytes
 
 from web import answers, tasks
 
@@ -79,7 +79,7 @@ def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
 
 
 def test_no_room_while_an_image_is_written(start, disk, upstream):
-    data = picture("PNG", (64, 64)) + os.urandom(6 * 1024 * 1024)
+    data = image_bytes("PNG", (64, 64)) + os.urandom(6 * 1024 * 1024)
     upstream.decide = lambda fields: Answer(body=data)
     server = start(MIN_FREE_MB=0, CONCURRENCY=1)
     ids, ballast = fill_under_way(server, upstream, disk, 2, 3 * 1024 * 1024)
@@ -190,7 +190,7 @@ def test_under_the_floor_no_call_is_made(make, upstream):
     q.add()
     q.start()
     q.worker._wake.wait(0.2)
-    wait_until(lambda: q.worker._last_look)
+    wait_until(lambda: q.worker._last_tick)
     assert upstream.calls == []
 
 
@@ -208,7 +208,7 @@ def test_what_ended_long_ago_is_removed_with_its_files(make, upstream):
     young = q.until(q.add(), status="completed")
     clock.now += 2 * 86400
     wait_until(lambda: not any(q.task(task.id) for task in old))
-    wait_until(lambda: q.db.removals() == [])
+    wait_until(lambda: q.db.pending_deletions() == [])
     assert q.task(young.id)
     assert q.files() == sorted([Path(young.file_path).name, "thumbnails"])
     assert list(thumbnails.iterdir()) == []
@@ -220,7 +220,7 @@ def test_what_ended_is_kept_to_the_second(make, upstream):
     q = make(clock, RETENTION_DAYS=1).start()
     task = q.until(q.add(), status="completed")
     clock.now += 86400
-    wait_until(lambda: q.worker._last_retired == clock.now)
+    wait_until(lambda: q.worker._last_purge == clock.now)
     assert q.task(task.id)
     clock.now += 60
     wait_until(lambda: q.task(task.id) is None)
@@ -230,14 +230,14 @@ def test_calls_of_a_deleted_task_go_when_no_limit_needs_them(make, upstream):
     clock = Clock(datetime(2026, 5, 1, 12, tzinfo=UTC).timestamp())
     q = make(clock, RATE_LIMIT="9/100000").start()
     task, kept = (q.until(q.add(), status="completed") for _ in range(2))
-    assert q.worker.remove(task)
+    assert q.worker.delete(task)
     clock.now += 99_000
-    wait_until(lambda: q.worker._last_retired == clock.now)
+    wait_until(lambda: q.worker._last_purge == clock.now)
     assert len(q.outcomes()) == 2, "the next day, but in the window of the rate limit"
     clock.now += 2_000
     wait_until(lambda: len(q.outcomes()) == 1)
     assert q.db.calls(kept.id)
-    q.worker.remove(kept)
+    q.worker.delete(kept)
     assert q.outcomes() == []
 
 
@@ -258,10 +258,10 @@ def test_a_death_while_files_are_removed_leaves_none(make, upstream, monkeypatch
     q = make(clock, RETENTION_DAYS=1).start()
     task = q.until(q.add(), status="completed")
     q.worker.stop()
-    assert [old.id for old in q.db.retire(clock.now + 1, 5, clock.now)] == [task.id]
+    assert [old.id for old in q.db.purge(clock.now + 1, 5, clock.now)] == [task.id]
     assert q.task(task.id) is None and q.files()
     again = make(clock, RETENTION_DAYS=1).start()
-    wait_until(lambda: again.db.removals() == [])
+    wait_until(lambda: again.db.pending_deletions() == [])
     assert again.files() == []
 
 
@@ -275,13 +275,13 @@ def test_removals_that_fail_do_not_stop_the_others(make, upstream):
     for name in stuck:
         (q.config.output_dir / f"{name}.png" / "below").mkdir(parents=True)
     q.start()
-    wait_until(lambda: q.worker._last_retired)
+    wait_until(lambda: q.worker._last_purge)
     for _ in range(200):
-        if "last" not in q.db.removals():
+        if "last" not in q.db.pending_deletions():
             break
         q.clock.now += 61
-        wait_until(lambda: q.worker._last_retired == q.clock.now)
-    assert set(q.db.removals()) == set(stuck)
+        wait_until(lambda: q.worker._last_purge == q.clock.now)
+    assert set(q.db.pending_deletions()) == set(stuck)
 
 
 def test_what_waits_is_not_removed_however_old(make, upstream):
@@ -291,7 +291,7 @@ def test_what_waits_is_not_removed_however_old(make, upstream):
     task_id = q.add()
     clock.now += 50 * 86400
     q.start()
-    wait_until(lambda: q.worker._last_retired == clock.now)
+    wait_until(lambda: q.worker._last_purge == clock.now)
     assert q.task(task_id).status == "pending"
 
 

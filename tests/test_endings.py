@@ -9,9 +9,9 @@ from records import ALL_MODELS, CANCELED, SHUTDOWN, Ending, Image, NewHold, NewT
 
 NOW = 1_790_000_000.0
 IMAGE = Image("image/png", "png", 3, 1, 1, "0" * 64)
-BUSY = NewHold("m", "busy", step=5, most=300)
-QUOTA = NewHold(ALL_MODELS, "no quota", step=5, most=300, wait=3600)
-NO_ROOM = NewHold(ALL_MODELS, "no room", step=5, most=300, room=9)
+BUSY = NewHold("m", "busy", step=5, maximum=300)
+QUOTA = NewHold(ALL_MODELS, "no quota", step=5, maximum=300, wait=3600)
+NO_ROOM = NewHold(ALL_MODELS, "no room", step=5, maximum=300, room=9)
 
 WAYS = {
     "completed": Ending("completed", "completed", path=Path("p"), image=IMAGE),
@@ -53,7 +53,7 @@ def is_put_back_and_claimed_anew(database, task):
 
 def has_failed_and_is_deleted(database, task):
     database.finish(task, WAYS["failed"], NOW)
-    assert database.remove(task.id, 0)
+    assert database.delete(task.id, 0)
 
 
 NO_LONGER_IN_THE_CALL = {
@@ -131,10 +131,10 @@ def test_a_late_end_changes_nothing_newer(database, task, way, state):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_totals_count_a_call_whose_task_went_on_without_it(database, task, way):
     database.finish(task, SHUTDOWN, NOW)
-    before = database.measure()
+    before = database.stats()
     late = Ending(**{**vars(WAYS[way]), "seconds": 2.0})
     database.finish(task, late, NOW + 1)
-    after = database.measure()
+    after = database.stats()
     assert after.upstream_seconds == before.upstream_seconds + 2
     assert after.image_bytes == before.image_bytes
     assert astuple(after)[:2] == astuple(before)[:2]

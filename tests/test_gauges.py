@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from upstream import Answer, picture, refusal
+from upstream import Answer, image_bytes, refusal
 
 from db import DatabaseError
 from records import Ending, NewTask
@@ -48,16 +48,16 @@ def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
     def fail():
         raise DatabaseError("The database cannot be written: disk I/O error")
 
-    monkeypatch.setattr(client.application.extensions["database"], "check", fail)
+    monkeypatch.setattr(client.application.extensions["database"], "check_writable", fail)
     problem_of(client, "The database cannot be written")
 
 
 def test_a_check_really_writes(database):
     log = Path(f"{database.path}-wal")
     before = log.stat().st_size
-    database.check()
+    database.check_writable()
     assert log.stat().st_size > before
-    assert database.removals() == []
+    assert database.pending_deletions() == []
 
 
 def test_a_disk_under_the_floor_is_told(serve):
@@ -103,7 +103,7 @@ def numbers(client):
 
 
 def test_the_numbers_are_those_of_the_database(serve, upstream):
-    data = picture("PNG", (100, 80))
+    data = image_bytes("PNG", (100, 80))
     upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer(body=data)
     client = serve()
     for prompt in ("good", "good too", "bad"):
@@ -145,14 +145,14 @@ def test_seconds_of_calls_add_up(database):
         database.add([NewTask(name, "p", "m", {})], 1_790_000_000.0)
         task = database.claim(1_790_000_000.0)
         database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
-    assert database.measure().upstream_seconds == 10.0
+    assert database.stats().upstream_seconds == 10.0
 
 
 def test_a_slow_call_is_in_no_bucket_below_it(database):
     database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
     task = database.claim(1_790_000_000.0)
     database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
-    buckets = dict(database.measure().buckets)
+    buckets = dict(database.stats().buckets)
     assert (buckets[2.5], buckets[5.0], buckets[10.0], buckets[float("inf")]) == (0, 1, 1, 1)
 
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from PIL import Image, ImageFile
-from upstream import picture
+from upstream import image_bytes
 
 import images
 from records import Remedy
@@ -27,7 +27,7 @@ def saved(path, data):
     ],
 )
 def test_the_bytes_say_what_it_is(tmp_path, kind, content_type, extension):
-    data = picture(kind, (300, 200))
+    data = image_bytes(kind, (300, 200))
     image = images.inspect(saved(tmp_path / "misleading.txt", data))
     assert (image.content_type, image.extension) == (content_type, extension)
     assert (image.bytes, image.width, image.height) == (len(data), 300, 200)
@@ -64,7 +64,7 @@ def test_an_image_that_ends_early_is_found_out(tmp_path, kind, kept):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_not_one_byte_may_be_missing(tmp_path, kind):
-    data = picture(kind)
+    data = image_bytes(kind)
     for kept in range(len(data)):
         with pytest.raises(images.ImageError):
             images.inspect(saved(tmp_path / "x", data[:kept]))
@@ -81,13 +81,13 @@ def test_a_png_with_a_wrong_bit_is_found_out(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_bytes_behind_the_end_are_no_fault(tmp_path, kind):
-    data = picture(kind) + b"trailer" * 1000
+    data = image_bytes(kind) + b"trailer" * 1000
     assert images.inspect(saved(tmp_path / "x", data)).bytes == len(data)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_the_pixels_are_decoded(tmp_path, monkeypatch, kind):
-    path = saved(tmp_path / "x", picture(kind))
+    path = saved(tmp_path / "x", image_bytes(kind))
     decoded = []
     load = ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: decoded.append(1) or load(self))
@@ -97,9 +97,9 @@ def test_the_pixels_are_decoded(tmp_path, monkeypatch, kind):
 
 def test_the_pixels_are_counted_before_they_are_decoded(tmp_path):
     with pytest.raises(images.TooManyPixels) as error:
-        images.inspect(saved(tmp_path / "x", picture("PNG", (4097, 4096))))
+        images.inspect(saved(tmp_path / "x", image_bytes("PNG", (4097, 4096))))
     assert (error.value.code, error.value.remedy) == ("image_too_large", Remedy.FAIL)
-    assert images.inspect(saved(tmp_path / "y", picture("PNG", (4096, 4096)))).width == 4096
+    assert images.inspect(saved(tmp_path / "y", image_bytes("PNG", (4096, 4096)))).width == 4096
 
 
 def test_a_decompression_bomb_is_only_too_large(tmp_path):
@@ -111,7 +111,7 @@ def test_a_decompression_bomb_is_only_too_large(tmp_path):
 
 
 def test_only_one_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
-    path = saved(tmp_path / "x", picture())
+    path = saved(tmp_path / "x", image_bytes())
     decode, inside, most = images._decode, [], []
 
     def watched(*args):

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 from conftest import finished, submit, wait_until
-from queues import steady
+from queues import ever
 from upstream import refusal
 
-from records import Key, NewTask, QueueFull
+from records import IdempotencyKey, NewTask, QueueFull
 from web.answers import waiting_for
 
 
@@ -73,7 +73,7 @@ def test_a_replay_after_the_end_pays_nothing(client, upstream):
 
 def test_a_key_is_kept_for_a_day(database):
     def add(task, now):
-        return database.add([NewTask(task, "p", "m", {})], now, None, Key("", "k", "f"))
+        return database.add([NewTask(task, "p", "m", {})], now, None, IdempotencyKey("", "k", "f"))
 
     assert add("first", 1_790_000_000.0) == ["first"]
     assert add("second", 1_790_000_000.0 + 86399) == ["first"]
@@ -83,7 +83,7 @@ def test_a_key_is_kept_for_a_day(database):
 
 def test_any_number_of_keys_can_be_used_again_the_next_day(database):
     def add(name, now):
-        key = Key("", name.partition("-")[0], "f")
+        key = IdempotencyKey("", name.partition("-")[0], "f")
         return database.add([NewTask(name, "p", "m", {})], now, None, key)
 
     for n in range(600):
@@ -97,7 +97,7 @@ def test_any_number_of_keys_can_be_used_again_the_next_day(database):
 def test_tasks_that_came_together_are_replayed_together(database):
     def add(*names):
         tasks = [NewTask(name, "p", "m", {}) for name in names]
-        return database.add(tasks, 1_790_000_000.0, None, Key("", "k", "f"))
+        return database.add(tasks, 1_790_000_000.0, None, IdempotencyKey("", "k", "f"))
 
     assert add("a", "b", "c") == ["a", "b", "c"]
     assert add("d", "e", "f") == ["a", "b", "c"]
@@ -245,12 +245,12 @@ def test_the_days_calls_are_limited_and_the_others_wait_for_the_next(make, upstr
     ids = [q.add() for _ in range(3)]
     for task_id in ids[:2]:
         q.until(task_id, status="completed")
-    standing = q.db.standing(q.task(ids[2]), None, clock.now, 2)
-    assert waiting_for(q.task(ids[2]), standing, q.config, clock.now) == (
+    queue_view = q.db.queue_view(q.task(ids[2]), None, clock.now, 2)
+    assert waiting_for(q.task(ids[2]), queue_view, q.config, clock.now) == (
         "the limit of 2 calls a day (MAX_PER_DAY); next start at 2026-05-28 00:00:00 UTC"
     )
     clock.now += 3599
-    assert not steady(lambda: len(upstream.calls) > 2)
+    assert not ever(lambda: len(upstream.calls) > 2)
     clock.now += 1
     q.until(ids[2], status="completed")
 
@@ -260,7 +260,7 @@ def test_the_day_begins_at_midnight_itself(make, upstream, clock):
     q = make(clock=clock, MAX_PER_DAY=1).start()
     q.until(q.add(), status="completed")
     q.add()
-    assert not steady(lambda: len(upstream.calls) > 1)
+    assert not ever(lambda: len(upstream.calls) > 1)
 
 
 def test_the_days_limit_is_told_over_http(serve, upstream):
@@ -277,7 +277,7 @@ def test_a_days_limit_counts_what_was_called_before_a_restart(make, upstream, cl
     q.worker.stop()
     again = make(clock=clock, MAX_PER_DAY=1).start()
     again.add()
-    assert not steady(lambda: len(upstream.calls) > 1)
+    assert not ever(lambda: len(upstream.calls) > 1)
 
 
 def test_deleting_a_task_gives_no_call_back(serve, upstream):

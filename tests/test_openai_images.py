@@ -15,7 +15,7 @@ import pytest
 from conftest import KEYS, PROMPT, finished, submit, wait_until
 from PIL import Image
 from server import Server, memory
-from upstream import Answer, Upstream, closed_port, picture, refusal, serving
+from upstream import Answer, Upstream, closed_port, image_bytes, refusal, serving
 
 from db import DatabaseError
 from web.access import Signer
@@ -105,7 +105,7 @@ def ids_in(error):
 
 def test_a_picture_comes_as_base64(client, upstream):
     made = client.images.generate(model="qwen-image", prompt=PROMPT, size="512x768")
-    assert base64.b64decode(made.data[0].b64_json, validate=True) == picture()
+    assert base64.b64decode(made.data[0].b64_json, validate=True) == image_bytes()
     assert isinstance(made.created, int)
     assert made.data[0].url is None
     (call,) = upstream.calls
@@ -116,7 +116,7 @@ def test_a_picture_comes_as_an_address_that_needs_no_key(client, shared):
     made = client.images.generate(model="qwen-image", prompt=PROMPT, response_format="url")
     assert made.data[0].b64_json is None
     assert made.data[0].url.startswith(f"{shared[0].address}/images/")
-    assert fetch(made.data[0].url) == (200, picture())
+    assert fetch(made.data[0].url) == (200, image_bytes())
 
 
 def test_the_answer_has_one_key_for_each_picture(client):
@@ -133,15 +133,15 @@ def test_the_answer_has_one_key_for_each_picture(client):
 
 def test_three_pictures_are_three_tasks(client, upstream):
     colours = iter(COLOURS)
-    upstream.decide = lambda fields: Answer(body=picture(colour=next(colours)))
+    upstream.decide = lambda fields: Answer(body=image_bytes(colour=next(colours)))
     made = client.images.generate(model="qwen-image", prompt=PROMPT, n=3)
     found = {base64.b64decode(one.b64_json) for one in made.data}
-    assert found == {picture(colour=colour) for colour in COLOURS}
+    assert found == {image_bytes(colour=colour) for colour in COLOURS}
     assert len(upstream.calls) == 3
 
 
 def test_the_pictures_come_in_the_order_of_their_seeds(client, upstream):
-    upstream.decide = lambda fields: Answer(body=picture(colour=COLOURS[fields["seed"]]))
+    upstream.decide = lambda fields: Answer(body=image_bytes(colour=COLOURS[fields["seed"]]))
     for form in ("b64_json", "url"):
         made = client.images.generate(
             prompt=PROMPT, n=3, response_format=form, extra_body={"seed": 0}
@@ -150,7 +150,7 @@ def test_the_pictures_come_in_the_order_of_their_seeds(client, upstream):
             base64.b64decode(one.b64_json) if one.b64_json else fetch(one.url)[1]
             for one in made.data
         ]
-        assert found == [picture(colour=colour) for colour in COLOURS]
+        assert found == [image_bytes(colour=colour) for colour in COLOURS]
 
 
 def test_the_length_is_told_before(shared):
@@ -304,7 +304,7 @@ def test_an_address_is_good_over_processes_and_restarts(start):
     server.stop()
     secret.chmod(0o644)
     again, _ = start(API_KEYS=KEYS)
-    assert fetch(url.replace(server.address, again.address)) == (200, picture())
+    assert fetch(url.replace(server.address, again.address)) == (200, image_bytes())
     assert secret.stat().st_mode & 0o777 == 0o600
 
 
@@ -537,7 +537,7 @@ FAILURES = [
     (refusal(401, "Invalid token."), openai.InternalServerError, 502, "upstream_auth"),
     (refusal(500, "no"), openai.InternalServerError, 502, "upstream_error"),
     (Answer(body=b"not an image"), openai.InternalServerError, 502, "not_an_image"),
-    (Answer(body=picture()[:-9]), openai.InternalServerError, 502, "upstream_truncated"),
+    (Answer(body=image_bytes()[:-9]), openai.InternalServerError, 502, "upstream_truncated"),
     (Answer(body=bytes(2**21)), openai.InternalServerError, 502, "image_too_large"),
 ]
 
@@ -776,13 +776,13 @@ def test_a_database_that_fails_once_the_tasks_are_stored_names_them(serve, monke
     assert answer.status_code == 503
     assert answer.headers["X-Should-Retry"] == "false"
     assert "Retry-After" not in answer.headers
-    ids = {task.id for task in database.newest(None, None, None, 9)}
+    ids = {task.id for task in database.list_tasks(None, None, None, 9)}
     assert len(ids) == 2
     assert all(task_id in answer.json["error"]["message"] for task_id in ids)
 
 
 def test_slow_readers_keep_their_places(start):
-    data = picture() + bytes(20_000_000)
+    data = image_bytes() + bytes(20_000_000)
     server, upstream = start(THREADS=4)
     upstream.decide = lambda fields: Answer(body=data)
     body = json.dumps({"prompt": PROMPT})
@@ -825,7 +825,7 @@ def test_other_routes_keep_their_form(serve):
 
 def test_the_same_key_is_answered_with_the_same_pictures(client, shared, upstream):
     colours = iter(COLOURS)
-    upstream.decide = lambda fields: Answer(body=picture(colour=next(colours)))
+    upstream.decide = lambda fields: Answer(body=image_bytes(colour=next(colours)))
     made = [
         client.images.with_raw_response.generate(
             prompt=PROMPT, n=2, response_format=form, extra_headers={"Idempotency-Key": "twice"}
@@ -908,7 +908,7 @@ def test_a_reload_lets_those_that_wait_have_their_pictures(start):
     wait_until(lambda: set(server.workers()) - before)
     upstream.gate.set()
     thread.join(30)
-    assert base64.b64decode(made[0].data[0].b64_json) == picture()
+    assert base64.b64decode(made[0].data[0].b64_json) == image_bytes()
     assert len(upstream.calls) == 1
 
 
@@ -941,4 +941,4 @@ def test_pictures_are_found_where_they_were_moved(serve, tmp_path):
     (tmp_path / "outputs").rename(tmp_path / "moved")
     client = serve(OUTPUT_DIR="moved")
     answer = client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
-    assert base64.b64decode(answer.json["data"][0]["b64_json"]) == picture()
+    assert base64.b64decode(answer.json["data"][0]["b64_json"]) == image_bytes()

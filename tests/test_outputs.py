@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from upstream import picture
+from upstream import image_bytes
 
 import outputs
 
@@ -23,7 +23,7 @@ def test_the_new_name_is_put_on_disk(tmp_path, monkeypatch):
         sync(file)
 
     monkeypatch.setattr("outputs.os.fsync", watched)
-    outputs.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t", "png")
+    outputs.publish(saved(tmp_path / ".t.part", image_bytes()), tmp_path / "t", "png")
     assert synced == [tmp_path]
 
 
@@ -43,11 +43,11 @@ def raising(error):
 
 
 def test_a_whole_image_gets_its_final_name(tmp_path):
-    part = saved(tmp_path / ".t.part", picture("WEBP"))
-    path = outputs.keep(part, tmp_path / "t", "webp")
+    part = saved(tmp_path / ".t.part", image_bytes("WEBP"))
+    path = outputs.publish(part, tmp_path / "t", "webp")
     assert path == tmp_path / "t.webp"
     assert [file.name for file in tmp_path.iterdir()] == ["t.webp"]
-    assert path.read_bytes() == picture("WEBP")
+    assert path.read_bytes() == image_bytes("WEBP")
 
 
 def test_a_name_that_is_not_on_disk_is_taken_back(tmp_path, monkeypatch):
@@ -56,5 +56,5 @@ def test_a_name_that_is_not_on_disk_is_taken_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(outputs, "sync_folder", fail)
     with pytest.raises(OSError, match="Input/output"):
-        outputs.keep(saved(tmp_path / ".t.part", picture()), tmp_path / "t", "png")
+        outputs.publish(saved(tmp_path / ".t.part", image_bytes()), tmp_path / "t", "png")
     assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import KEYS, PROMPT, finished, submit, wait_until
 from playwright.sync_api import expect, sync_playwright
-from upstream import Answer, picture, refusal
+from upstream import Answer, image_bytes, refusal
 from werkzeug.serving import make_server
 
 import images
@@ -188,7 +188,7 @@ def add_pictures(site, folder, count):
     folder.mkdir(exist_ok=True)
     for n in range(count):
         path = folder / f"many-{n}.png"
-        path.write_bytes(picture(size=(8, 8)))
+        path.write_bytes(image_bytes(size=(8, 8)))
         site.database.add([NewTask(f"many-{n}", f"number {n}", "many", {"width": 8}, 100)], 1.8e9)
         task = site.database.claim(1.8e9)
         image = images.inspect(path)
@@ -214,11 +214,11 @@ def test_a_prompt_becomes_a_picture(site, visit, upstream):
     fill(page, prompt="a first one", model="FLUX.1-dev")
     page.locator("#size").select_option("1280x832")
     press(page, "Make the picture")
-    running = page.locator("#unended li").nth(0)
+    running = page.locator("#unfinished li").nth(0)
     expect(running).to_contain_text(re.compile(r"a first one\s*Running for \d+ s"))
     fill(page, prompt="a second one", model="")
     press(page, "Make the picture")
-    waiting = page.locator("#unended li").nth(1)
+    waiting = page.locator("#unfinished li").nth(1)
     expect(waiting).to_contain_text("Waits at place 1: all 1 places are busy")
     expect(page.locator("#facts")).to_contain_text("1 of 1 running")
     expect(page.locator("#facts")).to_contain_text("1 waiting")
@@ -230,7 +230,7 @@ def test_a_prompt_becomes_a_picture(site, visit, upstream):
     for image in page.locator(f"{pictures} img").all():
         expect(image).to_have_js_property("naturalWidth", 64)
     expect(page.locator("#live")).to_contain_text("Picture ready: a second one")
-    expect(page.locator("#unended-part")).to_be_hidden()
+    expect(page.locator("#unfinished-part")).to_be_hidden()
     first, second = upstream.calls
     assert (first["model"], first["width"], first["height"]) == ("FLUX.1-dev", 1280, 832)
     assert (second["model"], second["width"]) == ("qwen-image", 1280)
@@ -242,7 +242,7 @@ def test_the_time_that_a_task_runs_counts_up(site, visit, upstream):
     there = site()
     submit(there.client)
     page = visit(there)
-    state = page.locator("#unended .state")
+    state = page.locator("#unfinished .state")
     expect(state).to_contain_text("Running for")
 
     def seconds():
@@ -366,10 +366,10 @@ def test_a_running_task_is_canceled(site, visit, upstream):
     there = site()
     submit(there.client, "to be canceled")
     page = visit(there)
-    expect(page.locator("#unended")).to_contain_text("Running for")
-    page.locator("#unended").get_by_role("button", name="Cancel").click()
+    expect(page.locator("#unfinished")).to_contain_text("Running for")
+    page.locator("#unfinished").get_by_role("button", name="Cancel").click()
     expect(page.locator("#failed")).to_contain_text("A client canceled the task")
-    expect(page.locator("#unended-part")).to_be_hidden()
+    expect(page.locator("#unfinished-part")).to_be_hidden()
     assert upstream.cut == ["to be canceled"]
     expect(page.locator("#make-title")).to_be_focused()
 
@@ -381,12 +381,12 @@ def test_a_waiting_task_is_canceled_and_focus_stays_near(site, visit, upstream):
     for prompt in ("runs", "waits", "waits too"):
         submit(there.client, prompt)
     page = visit(there)
-    waits = page.locator("#unended li").nth(1)
+    waits = page.locator("#unfinished li").nth(1)
     cancel = waits.get_by_role("button", name="Cancel")
     expect(cancel).to_have_accessible_description("waits")
     cancel.click()
-    expect(page.locator("#unended li")).to_have_count(2)
-    expect(page.locator("#unended-title")).to_be_focused()
+    expect(page.locator("#unfinished li")).to_have_count(2)
+    expect(page.locator("#unfinished-title")).to_be_focused()
     assert upstream.cut == []
 
 
@@ -398,8 +398,8 @@ def test_an_action_that_is_refused_is_told_beside_it(site, visit, upstream):
     page = visit(there, refusals=[500])
     answer = {"status": 500, "json": {"error": "A defect of this server"}}
     page.route("**/cancel", lambda route: route.fulfill(**answer))
-    page.locator("#unended").get_by_role("button", name="Cancel").click()
-    expect(page.locator("#unended-error")).to_have_text("A defect of this server")
+    page.locator("#unfinished").get_by_role("button", name="Cancel").click()
+    expect(page.locator("#unfinished-error")).to_have_text("A defect of this server")
 
 
 @needs_chromium
@@ -427,7 +427,7 @@ def test_a_failed_task_is_deleted_by_the_second_press_only(site, visit, upstream
 
 @needs_chromium
 def test_a_picture_is_large_with_its_settings_and_calls(site, visit, upstream):
-    answers = iter([refusal(500, "no"), Answer(body=picture("JPEG", (300, 200)))])
+    answers = iter([refusal(500, "no"), Answer(body=image_bytes("JPEG", (300, 200)))])
     upstream.decide = lambda fields: next(answers)
     there = site()
     task_id = make_one(there, seed=7, width=640)
@@ -559,7 +559,7 @@ def test_a_prompt_is_text_and_never_html(site, visit, upstream):
     page = visit(there)
     expect(page.locator("#failed .prompt")).to_have_text(prompt)
     expect(page.locator("#failed .state")).to_contain_text(prompt)
-    expect(page.locator("#unended .prompt")).to_have_text(prompt)
+    expect(page.locator("#unfinished .prompt")).to_have_text(prompt)
     upstream.gate.set()
     press(page, "Resume")
     expect(page.locator(f"{pictures} img")).to_have_attribute("alt", prompt)
@@ -702,7 +702,7 @@ def test_the_queue_is_paused_and_resumed(site, visit, upstream):
     expect(page.locator("#notices")).to_have_text("Paused")
     submit(there.client)
     look_again(page)
-    expect(page.locator("#unended")).to_contain_text("the queue is paused")
+    expect(page.locator("#unfinished")).to_contain_text("the queue is paused")
     press(page, "Resume")
     expect(page.locator(pictures)).to_have_count(1)
     expect(page.locator("#notices")).to_be_empty()
@@ -720,7 +720,7 @@ def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, 
     look_again(page)
     notices = page.locator("#notices")
     expect(notices).to_contain_text("Held: Chutes has no free capacity for busy; next try at")
-    expect(page.locator("#unended")).to_contain_text("Chutes has no free capacity for busy")
+    expect(page.locator("#unfinished")).to_contain_text("Chutes has no free capacity for busy")
     finished(there.client, submit(there.client, seed=0))
     expect(notices).to_contain_text("Paused: Chutes refused the API token (401)")
     expect(page.locator("#live")).to_contain_text("Paused: Chutes refused the API token (401)")
@@ -846,7 +846,7 @@ def test_the_key_is_asked_for_once_and_kept_for_the_tab(site, visit, browser, up
     expect(page.locator("#large-image")).to_have_attribute("src", re.compile("^blob:"))
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
-    assert download.value.path().read_bytes() == picture()
+    assert download.value.path().read_bytes() == image_bytes()
     press(page, "Close")
     fill(page, prompt="p")
     press(page, "Make the picture")
@@ -936,7 +936,7 @@ def test_nothing_moves_where_that_is_not_wanted(site, visit, upstream):
     submit(there.client)
     for wanted, animation in (("reduce", "none"), ("no-preference", "run")):
         page = visit(there, reduced_motion=wanted)
-        item = page.locator("#unended .running")
+        item = page.locator("#unfinished .running")
         expect(item).to_be_attached()
         style = item.evaluate("item => getComputedStyle(item, '::after').animationName")
         assert style == animation
@@ -949,5 +949,5 @@ def test_no_width_makes_the_page_scroll_sideways(site, visit, upstream, width):
         submit(there.client, "w" * 500)
         page = visit(there, viewport={"width": width, "height": 700})
         expect(page.locator(pictures)).to_have_count(2)
-        expect(page.locator("#unended")).to_contain_text("w" * 500)
+        expect(page.locator("#unfinished")).to_contain_text("w" * 500)
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import finished, submit, wait_until
 from PIL import Image
-from upstream import Answer, picture, refusal
+from upstream import Answer, image_bytes, refusal
 
 
 @pytest.fixture
 def made(client, upstream):
     """Return a finished task and the bytes of its picture."""
-    data = picture("JPEG", (1600, 900))
+    data = image_bytes("JPEG", (1600, 900))
     upstream.decide = lambda fields: Answer(body=data)
     return finished(client, submit(client)), data
 
@@ -35,7 +35,7 @@ def test_a_picture_is_served_as_it_came(client, made):
 
 @pytest.mark.parametrize(("kind", "type_"), [("PNG", "image/png"), ("WEBP", "image/webp")])
 def test_the_content_type_is_the_true_one(client, upstream, kind, type_):
-    data = picture(kind)
+    data = image_bytes(kind)
     upstream.decide = lambda fields: Answer(body=data, headers={"Content-Type": "image/jpeg"})
     task = finished(client, submit(client))
     assert client.get(task["image"]["url"]).content_type == type_
@@ -210,7 +210,7 @@ def test_a_thumbnail_is_a_small_webp_and_kept(client, made, tmp_path):
 
 
 def test_a_small_picture_is_not_made_larger(client, upstream):
-    upstream.decide = lambda fields: Answer(body=picture("PNG", (200, 100)))
+    upstream.decide = lambda fields: Answer(body=image_bytes("PNG", (200, 100)))
     task = finished(client, submit(client))
     answer = client.get(f"/images/{task['id']}/thumbnail")
     assert Image.open(io.BytesIO(answer.data)).size == (200, 100)
@@ -248,7 +248,7 @@ def test_a_picture_can_be_waited_for(paused, upstream):
     wait_until(lambda: upstream.at_once)
     upstream.gate.set()
     answer = paused.get(f"/images/{task_id}?wait=60")
-    assert (answer.status_code, answer.data) == (200, picture())
+    assert (answer.status_code, answer.data) == (200, image_bytes())
 
 
 def test_who_has_waited_may_come_again_at_once(paused, upstream):
@@ -260,7 +260,7 @@ def test_who_has_waited_may_come_again_at_once(paused, upstream):
 def test_who_could_not_wait_uses_up_no_retries(paused, upstream):
     task_id = submit(paused)
     wait_until(lambda: upstream.at_once)
-    paused.application.extensions["worker"].waiters._most = 0
+    paused.application.extensions["worker"].waiters._maximum = 0
     assert paused.get(f"/images/{task_id}?wait=60").headers["Retry-After"] == "10"
 
 

@@ -21,7 +21,7 @@ import pytest
 from conftest import PROMPT, TOKEN, wait_until
 from PIL import Image
 from server import Server, alive, checkout, memory
-from upstream import Answer, closed_port, picture
+from upstream import Answer, closed_port, image_bytes
 
 from db import Database
 from records import NewTask
@@ -604,7 +604,7 @@ def test_gunicorns_own_lines_tell_no_secret_and_no_prompt(start):
 
 
 def test_clients_that_stall_are_given_up(tmp_path, upstream):
-    upstream.decide = lambda fields: Answer(body=picture() + bytes(20_000_000))
+    upstream.decide = lambda fields: Answer(body=image_bytes() + bytes(20_000_000))
     hasty = (
         "import app, sys; app._STALL_SECONDS = 0.5; sys.argv = ['gunicorn'];"
         "from gunicorn.app.wsgiapp import run; run()"

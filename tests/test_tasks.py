@@ -224,7 +224,7 @@ def test_a_task_that_is_being_canceled_has_no_next_attempt(client, upstream):
     task_id = submit(client)
     wait_until(lambda: upstream.at_once)
     # The mark of the cancel without its cut: as if the answer had come at that instant.
-    client.application.extensions["worker"]._cut_canceled = lambda: None
+    client.application.extensions["worker"]._cancel_requested = lambda: None
     upstream.decide = cancel_meanwhile
     upstream.gate.set()
     assert finished(client, task_id)["error_code"] == "canceled"
@@ -359,7 +359,7 @@ def test_who_comes_second_to_delete_or_retry_is_told_that_it_is_gone(client, mon
         def slow(task_id, known=known, looks=looks):
             found = known(task_id)
             if not looks.append(1) and len(looks) == 1:
-                database.remove(task_id, 0)
+                database.delete(task_id, 0)
             return found
 
         monkeypatch.setattr(database, name, slow)
@@ -373,7 +373,7 @@ def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
     client = serve()
     task = finished(client, submit(client))
     client.application.extensions["worker"].stop()
-    assert client.application.extensions["database"].remove(task["id"], 0)
+    assert client.application.extensions["database"].delete(task["id"], 0)
     assert Path(task["file_path"]).exists()
     finished(serve(), submit(serve()))
     assert not Path(task["file_path"]).exists()

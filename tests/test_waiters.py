@@ -11,11 +11,11 @@ from waiters import Waiters
 class Ends:
     """A database of which a test says what has not ended."""
 
-    def __init__(self, *unended):
-        self.left = set(unended)
+    def __init__(self, *unfinished):
+        self.left = set(unfinished)
         self.looks = []
 
-    def unended(self, ids):
+    def unfinished(self, ids):
         self.looks.append(set(ids))
         return self.left & set(ids)
 
@@ -42,7 +42,7 @@ def waiting(waiters, count):
 
 
 def test_the_end_of_a_task_wakes_its_waiters_and_no_others(wait):
-    waiters = Waiters(Ends("a", "b").unended, 10)
+    waiters = Waiters(Ends("a", "b").unfinished, 10)
     first, second, other = wait(waiters, "a"), wait(waiters, "a"), wait(waiters, "b")
     waiting(waiters, 3)
     waiters.ended("a")
@@ -51,17 +51,17 @@ def test_the_end_of_a_task_wakes_its_waiters_and_no_others(wait):
 
 
 def test_a_task_that_has_ended_is_not_waited_for(wait):
-    assert not wait(Waiters(Ends().unended, 10), "a").join(10)
+    assert not wait(Waiters(Ends().unfinished, 10), "a").join(10)
 
 
 def test_one_look_finds_what_other_processes_have_ended(wait):
     ends = Ends("a", "b", "c")
-    waiters = Waiters(ends.unended, 10)
+    waiters = Waiters(ends.unfinished, 10)
     threads = {name: wait(waiters, name) for name in ("a", "b", "c")}
     waiting(waiters, 3)
     ends.left = {"c"}
     ends.looks.clear()
-    waiters.look()
+    waiters.poll()
     threads["a"].join(10), threads["b"].join(10)
     assert threads["c"].is_alive()
     assert ends.looks == [{"a", "b", "c"}]
@@ -69,28 +69,28 @@ def test_one_look_finds_what_other_processes_have_ended(wait):
 
 def test_without_waiters_nothing_is_looked_for():
     ends = Ends()
-    Waiters(ends.unended, 10).look()
+    Waiters(ends.unfinished, 10).poll()
     assert ends.looks == []
 
 
 def test_past_the_most_one_is_answered_at_once(wait):
-    waiters = Waiters(Ends("a").unended, 2)
+    waiters = Waiters(Ends("a").unfinished, 2)
     wait(waiters, "a"), wait(waiters, "a")
     waiting(waiters, 2)
     waiters.wait("a", 60)
-    urgent = wait(waiters, "a", even_if_full=True)
+    urgent = wait(waiters, "a", force=True)
     waiting(waiters, 3)
     assert urgent.is_alive()
 
 
 def test_a_place_is_free_again_when_the_time_is_over():
-    waiters = Waiters(Ends("a").unended, 1)
+    waiters = Waiters(Ends("a").unfinished, 1)
     waiters.wait("a", 0.01)
     assert waiters._waiting == []
 
 
 def test_all_are_released_and_no_one_waits_any_more(wait):
-    waiters = Waiters(Ends("a").unended, 10)
+    waiters = Waiters(Ends("a").unfinished, 10)
     thread = wait(waiters, "a")
     waiting(waiters, 1)
     waiters.release()

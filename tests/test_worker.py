@@ -9,14 +9,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from conftest import Clock, wait_until
-from queues import steady
-from upstream import Answer, closed_port, picture, raw_server, refusal
+from queues import ever
+from upstream import Answer, closed_port, image_bytes, raw_server, refusal
 
 import images
 import worker as queue
 from chutes import Chutes
 from db import DatabaseError
-from records import ALL_MODELS, Ending, Hold, Standing
+from records import ALL_MODELS, Ending, Hold, QueueView
 from web.answers import waiting_for
 from worker import backoff
 
@@ -64,18 +64,18 @@ def test_the_rate_limit_holds_over_a_restart(make, upstream):
     again = make(clock, RATE_LIMIT="2/60").start()
     # A call may reach Chutes a little later after its claim than the one of before.
     clock.now += 60.1
-    assert not steady(lambda: len(upstream.calls) > 2)
+    assert not ever(lambda: len(upstream.calls) > 2)
     clock.now += 0.9
     for task_id in ids[2:4]:
         again.until(task_id, status="completed")
-    assert not steady(lambda: len(upstream.calls) > 4)
+    assert not ever(lambda: len(upstream.calls) > 4)
 
 
 # How an attempt ends
 
 
 def test_a_spoiled_image_is_tried_again_and_then_failed(make, upstream, tmp_path):
-    upstream.decide = lambda fields: Answer(body=picture("JPEG", (200, 200))[:-50])
+    upstream.decide = lambda fields: Answer(body=image_bytes("JPEG", (200, 200))[:-50])
     q = make(MAX_ATTEMPTS=2, RETRY_BACKOFF=7).start()
     task_id = q.add()
     task = q.until(task_id, attempts=1)
@@ -93,7 +93,7 @@ def test_a_spoiled_image_is_tried_again_and_then_failed(make, upstream, tmp_path
 ATTEMPTS = {
     "upstream_error": lambda fields: refusal(500, "exhausted all available targets to no avail"),
     "not_an_image": lambda fields: Answer(body=b'{"images": []}'),
-    "upstream_truncated": lambda fields: Answer(body=picture()[:-9]),
+    "upstream_truncated": lambda fields: Answer(body=image_bytes()[:-9]),
 }
 
 
@@ -154,7 +154,7 @@ def test_a_refusal_for_good_fails_at_once_in_chutes_own_words(make, upstream, st
 
 
 def test_too_large_an_image_is_not_tried_again(make, upstream):
-    upstream.decide = lambda fields: Answer(body=picture("PNG", (4097, 4096)))
+    upstream.decide = lambda fields: Answer(body=image_bytes("PNG", (4097, 4096)))
     q = make().start()
     assert q.ended(q.add()).error_code == "image_too_large"
     upstream.decide = lambda fields: Answer(body=os.urandom(1024 * 1024 + 1))
@@ -182,7 +182,7 @@ def test_a_refused_token_or_an_empty_account_burns_no_thousand_tasks(
     task = q.ended(ids[0])
     assert (task.status, task.error_code) == ("failed", code)
     assert q.waits(ids[1]) == f"the queue is paused: {reason}"
-    assert not steady(lambda: len(upstream.calls) > 1)
+    assert not ever(lambda: len(upstream.calls) > 1)
     q.worker.stop()
     upstream.decide = lambda fields: Answer()
     make(q.clock).start().until(ids[4], status="completed")
@@ -255,7 +255,7 @@ def test_a_used_up_quota_holds_all_until_its_reset(make, upstream):
     words = "Chutes' daily quota is used up; next try at 2026-05-28 00:00:00 UTC"
     assert [q.waits(task_id) for task_id in ids] == [words, words]
     q.clock.now += timedelta(hours=4).total_seconds() - 1
-    assert not steady(lambda: len(upstream.calls) > 1)
+    assert not ever(lambda: len(upstream.calls) > 1)
     upstream.decide = lambda fields: Answer()
     q.clock.now += 1
     for task_id in ids:
@@ -379,7 +379,7 @@ def test_a_ttl_of_zero_is_for_ever(make, upstream):
     task_id = q.add()
     wait_until(lambda: q.db.hold("m"))
     q.clock.now += 3000
-    assert not steady(lambda: q.task(task_id).status != "pending")
+    assert not ever(lambda: q.task(task_id).status != "pending")
 
 
 def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream, monkeypatch):
@@ -393,7 +393,7 @@ def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream,
         return finish(*args)
 
     monkeypatch.setattr(q.db, "finish", flaky)
-    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
     q.start()
     q.until(q.add(), status="completed")
     assert len(upstream.calls) == 1
@@ -411,7 +411,7 @@ def test_an_end_that_was_written_without_a_word_keeps_its_image(make, upstream, 
         return is_ours
 
     monkeypatch.setattr(q.db, "finish", silent)
-    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
     q.start()
     task = q.until(q.add(), status="completed")
     wait_until(lambda: not q.worker._running)
@@ -506,7 +506,7 @@ def test_a_finished_file_completes_its_task_without_a_call(make, upstream, kind,
     task_id = orphan(q)
     extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
     path = q.config.output_dir / f"{task_id}.{extension}"
-    path.write_bytes(picture(kind))
+    path.write_bytes(image_bytes(kind))
     task = q.start().until(task_id, status="completed")
     assert (task.file_path, task.sha256) == (str(path), images.inspect(path).sha256)
     assert upstream.calls == []
@@ -515,7 +515,7 @@ def test_a_finished_file_completes_its_task_without_a_call(make, upstream, kind,
 def test_a_torn_file_with_a_final_name_is_removed(make, upstream):
     q = make()
     task_id = orphan(q)
-    (q.config.output_dir / f"{task_id}.webp").write_bytes(picture("WEBP")[:-9])
+    (q.config.output_dir / f"{task_id}.webp").write_bytes(image_bytes("WEBP")[:-9])
     q.start().until(task_id, status="completed")
     assert q.files() == [f"{task_id}.png"]
     assert len(upstream.calls) == 1
@@ -531,7 +531,7 @@ def test_a_call_that_ends_within_the_grace_is_kept(make, upstream):
     wait_until(lambda: upstream.at_once == 2)
     q.worker.drain()
     later = q.add()
-    assert not steady(lambda: len(upstream.calls) > 2)
+    assert not ever(lambda: len(upstream.calls) > 2)
     upstream.gate.set()
     q.worker.stop()
     assert [q.task(task_id).status for task_id in running] == ["completed"] * 2
@@ -562,7 +562,7 @@ def test_a_call_that_cannot_be_cut_does_not_count_either(make, upstream, monkeyp
 
     q = make(INTERRUPTED="fail", MAX_ATTEMPTS=1)
     monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
-    monkeypatch.setattr(queue, "_CUT_SECONDS", 0.1)
+    monkeypatch.setattr(queue, "_CANCEL_SECONDS", 0.1)
     q.start()
     task_id = q.add()
     looking.wait(10)
@@ -605,7 +605,7 @@ def test_what_was_taken_back_does_not_end_the_next_attempt(make, upstream):
     ids = [q.add() for _ in range(3)]
     q.start()
     wait_until(lambda: upstream.at_once == 1)
-    assert not steady(lambda: len(upstream.calls) > 1)
+    assert not ever(lambda: len(upstream.calls) > 1)
     assert list(q.worker._running) == [task.id for task in q.db.orphans()] == ids[:1]
     upstream.gate.set()
     for task_id in ids:
@@ -637,16 +637,16 @@ def test_a_canceled_probe_leaves_the_hold_to_the_next(make, upstream):
     q.worker.cancel(first)
     q.ended(first)
     wait_until(lambda: len(upstream.calls) == 3)
-    assert not steady(lambda: upstream.at_once > 1)
+    assert not ever(lambda: upstream.at_once > 1)
     assert q.db.hold("m").probe == ids[0]
 
 
 def test_files_that_a_dead_process_left_behind_are_removed(make):
     q = make().start()
     task = q.until(q.add(), status="completed")
-    q.db.remove(task.id, 0)
+    q.db.delete(task.id, 0)
     q.clock.now += 61
-    wait_until(lambda: q.db.removals() == [])
+    wait_until(lambda: q.db.pending_deletions() == [])
     assert q.files() == []
 
 
@@ -694,9 +694,9 @@ def test_stopping_ends_every_thread_and_frees_the_lock(make):
 def test_it_stops_while_its_database_fails(make, monkeypatch):
     q = make()
     tries = []
-    monkeypatch.setattr(q.worker, "_over", QuickEvent())
+    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
     monkeypatch.setattr(
-        q.db, "begin", lambda *values: tries.append(1) or raising(DatabaseError("gone"))
+        q.db, "reset_run_state", lambda *values: tries.append(1) or raising(DatabaseError("gone"))
     )
     q.start()
     wait_until(lambda: len(tries) > 1)
@@ -710,7 +710,7 @@ def test_a_stopped_worker_does_not_start_again(make, upstream):
     q.worker.stop()
     q.worker.start()
     q.add()
-    assert not steady(lambda: upstream.calls)
+    assert not ever(lambda: upstream.calls)
 
 
 def test_only_one_worker_runs_the_queue_and_another_takes_over(make, upstream):
@@ -720,7 +720,7 @@ def test_only_one_worker_runs_the_queue_and_another_takes_over(make, upstream):
     first.start()
     wait_until(lambda: upstream.at_once == 2)
     second = make(first.clock, CONCURRENCY=2).start()
-    assert not steady(lambda: len(upstream.calls) > 2)
+    assert not ever(lambda: len(upstream.calls) > 2)
     first.worker.stop()
     upstream.gate.set()
     for task_id in ids:
@@ -757,8 +757,8 @@ def test_jitter_makes_it_longer(make):
 
 
 def reason(q, task, **values):
-    standing = Standing(0, 0, False, None, (), None)
-    return waiting_for(task, replace(standing, **values), q.config, q.clock())
+    queue_view = QueueView(0, 0, False, None, (), None)
+    return waiting_for(task, replace(queue_view, **values), q.config, q.clock())
 
 
 def test_a_time_gone_by_is_no_reason(make, clock):
@@ -799,9 +799,9 @@ def test_the_first_thing_that_would_have_to_change_is_named(make, clock):
     said.append(reason(q, task, **facts))
     facts["ahead"] = 0
     said.append(reason(q, task, **facts))
-    low = waiting_for(task, Standing(0, 0, False, None, holds, soon), q.config, clock.now, True)
+    low = waiting_for(task, QueueView(0, 0, False, None, holds, soon), q.config, clock.now, True)
     assert low == "less than 200 MB are free on the disk (MIN_FREE_MB)"
-    low = waiting_for(task, Standing(0, 0, True, None, holds, soon), q.config, clock.now, True)
+    low = waiting_for(task, QueueView(0, 0, True, None, holds, soon), q.config, clock.now, True)
     assert low == "the queue is paused"
     at = datetime.fromtimestamp(soon, UTC)
     assert said == [

@@ -12,7 +12,7 @@ from PIL import Image
 from simulator import Simulator
 
 
-def picture(kind="PNG", size=(64, 48), colour="teal"):
+def image_bytes(kind="PNG", size=(64, 48), colour="teal"):
     """Return the bytes of a real image."""
     out = io.BytesIO()
     Image.new("RGB", size, colour).save(out, kind)
@@ -24,7 +24,7 @@ class Answer:
 
     def __init__(self, status=200, body=None, headers=None):
         self.status = status
-        self.body = picture() if body is None else body
+        self.body = image_bytes() if body is None else body
         self.headers = headers or {}
 
 

@@ -119,7 +119,7 @@ def check_key(config: Config) -> str:
 
 
 def is_signed(signer: Signer) -> bool:
-    """Tell whether the request is for an image, with the right signature."""
+    """Return whether the request is for an image, with the right signature."""
     if request.endpoint != "images.image" or request.method not in ("GET", "HEAD"):
         return False
     task_id = request.view_args["name"].partition(".")[0]
@@ -135,7 +135,7 @@ def _own_origins(config: Config) -> set[str | None]:
 
 
 def _is_own_host(config: Config) -> bool:
-    """Tell whether it is the server's own name, and where proxies gave it, theirs for it too.
+    """Return whether it is the server's own name, and where proxies gave it, theirs for it too.
 
     A page of a rebound name can send X-Forwarded-Host, but no other Host.
     """

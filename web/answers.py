@@ -7,7 +7,7 @@ from typing import Any
 from config import Config
 from db import POSITIONS, midnight, stamp
 from outputs import is_low_on_disk
-from records import ALL_MODELS, Standing, Task
+from records import ALL_MODELS, QueueView, Task
 from web.service import service
 from worker import rate_limit
 
@@ -18,12 +18,12 @@ def tasks_json(tasks: list[Task]) -> list[dict[str, Any]]:
     waits: dict[str, tuple[int | None, str]] = {}
     if pending:
         now, is_low = time.time(), is_low_on_disk(service.config)
-        standings = service.database.standings(
+        queue_views = service.database.queue_views(
             pending, rate_limit(service.config), now, service.config.max_per_day
         )
-        for task, standing in zip(pending, standings, strict=True):
-            position = standing.ahead + 1 if standing.ahead < POSITIONS else None
-            waits[task.id] = position, waiting_for(task, standing, service.config, now, is_low)
+        for task, queue_view in zip(pending, queue_views, strict=True):
+            position = queue_view.ahead + 1 if queue_view.ahead < POSITIONS else None
+            waits[task.id] = position, waiting_for(task, queue_view, service.config, now, is_low)
     return [_task_json(task, *waits.get(task.id, (None, None))) for task in tasks]
 
 
@@ -94,15 +94,15 @@ def age(created_at: str | None, now: float) -> int | None:
 
 
 def waiting_for(
-    task: Task, standing: Standing, config: Config, now: float, low_on_disk: bool = False
+    task: Task, queue_view: QueueView, config: Config, now: float, low_on_disk: bool = False
 ) -> str:
     """Say what a pending task waits for: the first thing that would have to change."""
-    if standing.paused:
-        reason = standing.pause_reason
+    if queue_view.paused:
+        reason = queue_view.pause_reason
         return f"the queue is paused: {reason}" if reason else "the queue is paused"
     if low_on_disk:
         return f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
-    for hold in standing.holds:
+    for hold in queue_view.holds:
         if hold.probe:
             return f"{hold.reason}; one task is trying now"
         if hold.until <= now:
@@ -115,20 +115,20 @@ def waiting_for(
             f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"
         )
     most = config.max_per_day
-    if most and standing.calls_today >= most:
+    if most and queue_view.calls_today >= most:
         tomorrow = _clock_time(midnight(now) + 86400, now, dated=True)
         return f"the limit of {most} calls a day (MAX_PER_DAY); next start at {tomorrow}"
-    if standing.next_start:
+    if queue_view.next_start:
         limit = config.rate_limit
         return (
             f"the rate limit of {limit.count} in {limit.seconds:g} s; "
-            f"next start at {_clock_time(standing.next_start, now)}"
+            f"next start at {_clock_time(queue_view.next_start, now)}"
         )
-    if standing.ahead > POSITIONS:
+    if queue_view.ahead > POSITIONS:
         return f"more than {POSITIONS} tasks ahead"
-    if standing.ahead:
-        return f"{standing.ahead} task{'s' if standing.ahead > 1 else ''} ahead"
-    if standing.processing >= config.concurrency:
+    if queue_view.ahead:
+        return f"{queue_view.ahead} task{'s' if queue_view.ahead > 1 else ''} ahead"
+    if queue_view.processing >= config.concurrency:
         return f"all {config.concurrency} places are busy"
     return "it is about to start"
 

@@ -61,8 +61,8 @@ def _low_on_disk(error: LowOnDisk) -> tuple[Response, int, dict[str, str]]:
 
 
 def _defect(error: Exception) -> tuple[Response, int]:
-    log.error("a defect of this server", exc_info=error)
-    return jsonify(error="A defect of this server; its log tells more"), 500
+    log.error("internal server error", exc_info=error)
+    return jsonify(error="Internal server error; see the server log"), 500
 
 
 def _sentence(error: HTTPException) -> str:

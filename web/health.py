@@ -47,7 +47,7 @@ def metrics() -> Response:
 
 def _problems() -> Iterator[str]:
     try:
-        service.database.check()
+        service.database.check_writable()
         reason = service.database.queue(time.time()).pause_reason
     except DatabaseError as error:
         yield str(error)
@@ -70,16 +70,16 @@ class _Numbers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         now = time.time()
-        measures, queue = self._db.measure(), self._db.queue(now)
+        stats, queue = self._db.stats(), self._db.queue(now)
         tasks = GaugeMetricFamily("image_proxy_tasks", "Tasks by status.", labels=["status"])
         for status in STATUSES:
-            tasks.add_metric([status], measures.tasks.get(status, 0))
+            tasks.add_metric([status], stats.tasks.get(status, 0))
         yield tasks
         failures = GaugeMetricFamily(
             "image_proxy_failures", "Failed tasks by error_code.", labels=["error_code"]
         )
         for code in ERROR_CODES:
-            failures.add_metric([code], measures.failures.get(code, 0))
+            failures.add_metric([code], stats.failures.get(code, 0))
         yield failures
         yield GaugeMetricFamily(
             "image_proxy_queue_depth", "Tasks that wait or run.", queue.pending + queue.processing
@@ -96,9 +96,9 @@ class _Numbers(Collector):
         yield HistogramMetricFamily(
             "image_proxy_upstream_seconds",
             "Seconds that calls to Chutes took.",
-            buckets=[(floatToGoString(bound), calls) for bound, calls in measures.buckets],
-            sum_value=measures.upstream_seconds,
+            buckets=[(floatToGoString(bound), calls) for bound, calls in stats.buckets],
+            sum_value=stats.upstream_seconds,
         )
         yield CounterMetricFamily(
-            "image_proxy_image_bytes", "Bytes of all images that were stored.", measures.image_bytes
+            "image_proxy_image_bytes", "Bytes of all images that were stored.", stats.image_bytes
         )

@@ -68,7 +68,7 @@ def _keep(path: Path, data: bytes) -> None:
     """Keep a thumbnail; where that fails, it is made again the next time."""
     try:
         path.parent.mkdir(exist_ok=True)
-        outputs.store(path, data)
+        outputs.write_atomic(path, data)
     except OSError as error:
         log.warning("a thumbnail cannot be kept: %s", error)
 

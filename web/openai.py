@@ -61,9 +61,9 @@ def generations() -> Response:
     base = _public_base() if wanted.response_format == "url" else None
     until = time.monotonic() + patience()
     with ExitStack() as held:
-        has_place = held.enter_context(service.worker.waiters.place())
-        if service.worker.is_draining or not has_place:
-            return _no_place()
+        has_slot = held.enter_context(service.worker.waiters.slot())
+        if service.worker.is_draining or not has_slot:
+            return _no_slot()
         ids, is_replay = _store(wanted)
         tasks = _wait(ids, until)
         answer = _fault(ids, tasks) or _pictures(tasks, base)
@@ -129,11 +129,11 @@ def _wait(ids: list[str], until: float) -> list[Task | None]:
     may_go_on = True
     while True:
         tasks = [service.database.get(task_id) for task_id in ids]
-        unended = [t.id for t in tasks if t and t.status in ("pending", "processing")]
+        unfinished = [t.id for t in tasks if t and t.status in ("pending", "processing")]
         seconds = until - time.monotonic()
-        if not unended or any(map(_is_in_vain, tasks)) or seconds <= 0 or not may_go_on:
+        if not unfinished or any(map(_is_in_vain, tasks)) or seconds <= 0 or not may_go_on:
             return tasks
-        is_there = service.worker.waiters.wait_for_any(unended, min(seconds, _LOOK_SECONDS))
+        is_there = service.worker.waiters.wait_for_any(unfinished, min(seconds, _LOOK_SECONDS))
         may_go_on = is_there and not _client_is_gone()
 
 
@@ -178,7 +178,7 @@ def _public_base() -> str:
 
 
 def _client_is_gone() -> bool:
-    """Tell whether the client has hung up, so that nobody waits for the answer."""
+    """Return whether the client has hung up, so that nobody waits for the answer."""
     connection = request.environ.get("gunicorn.socket")
     if connection is None:
         return False
@@ -191,7 +191,7 @@ def _is_in_vain(task: Task | None) -> bool:
     return task is None or task.status == "failed"
 
 
-def _no_place() -> Response:
+def _no_slot() -> Response:
     if service.worker.is_draining:
         answer = _error(503, "The server is stopping; nothing was stored. Try again")
     else:

@@ -6,7 +6,7 @@ import re
 from flask import abort, g, request
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
-from records import STATUSES, Key, Task
+from records import STATUSES, IdempotencyKey, Task
 from web.service import service
 
 MAX_BODY = 1024 * 1024
@@ -41,7 +41,7 @@ def json_body() -> bytes:
     return body
 
 
-def idempotency_key(request_told: str) -> Key | None:
+def idempotency_key(request_told: str) -> IdempotencyKey | None:
     """Return the key that came with the request (which is told in full), or None, or answer 400."""
     text = request.headers.get("Idempotency-Key")
     if text is None:
@@ -49,7 +49,7 @@ def idempotency_key(request_told: str) -> Key | None:
     if not re.fullmatch(r"[\x20-\x7e]{1,255}", text):
         abort(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
     fingerprint = hashlib.sha256(request_told.encode()).hexdigest()
-    return Key(g.client, text, fingerprint)
+    return IdempotencyKey(g.client, text, fingerprint)
 
 
 def known(task_id: str, seconds: int = 0) -> Task:

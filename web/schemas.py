@@ -164,7 +164,7 @@ def parse_generations(
 
 
 def is_openai_model(model: Any, models: Sequence[str] = ()) -> bool:
-    """Tell whether the model is one of OpenAI's own, and none of `models`."""
+    """Return whether the model is one of OpenAI's own, and none of `models`."""
     return (
         isinstance(model, str) and model not in models and bool(re.fullmatch(OPENAI_MODEL, model))
     )

@@ -52,9 +52,9 @@ def status(task_id: str) -> Response:
 @bp.get("/tasks")
 def newest() -> Answer:
     wanted = listing()
-    found = service.database.newest(*wanted)
+    found = service.database.list_tasks(*wanted)
     limit = wanted[-1]
-    more = len(found) == limit and service.database.newest(*wanted[:2], found[-1].seq, 1)
+    more = len(found) == limit and service.database.list_tasks(*wanted[:2], found[-1].seq, 1)
     following = _page_after(found[-1]) if more else None
     headers = {"Link": f'<{following}>; rel="next"'} if following else {}
     return jsonify(tasks=tasks_json(found), next=following), 200, headers
@@ -71,7 +71,7 @@ def one(task_id: str) -> Response:
 def cancel(task_id: str) -> Response:
     known(task_id)
     service.worker.cancel(task_id)
-    service.worker.waiters.wait(task_id, _CANCEL_SECONDS, even_if_full=True)
+    service.worker.waiters.wait(task_id, _CANCEL_SECONDS, force=True)
     return _shown(known(task_id))
 
 
@@ -102,7 +102,7 @@ def retry_failed() -> tuple[Response, int]:
 @bp.delete("/tasks/<task_id>")
 def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
     task = known(task_id)
-    if not service.worker.remove(task):
+    if not service.worker.delete(task):
         return _conflict(known(task_id), "is processing; cancel it first")
     return "", 204, {}
 
@@ -127,7 +127,7 @@ def resume() -> Response:
 
 def _retry_failed(code: str | None) -> int:
     """Retry in steps, so that the queue goes on, and none that fails meanwhile again."""
-    newest = service.database.newest(None, None, None, 1)
+    newest = service.database.list_tasks(None, None, None, 1)
     up_to = newest[0].seq if newest else 0
     retried = 0
     try:
