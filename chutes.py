@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -69,7 +69,7 @@ class Canceled(Exception):
 class CancelToken:
     """The one connection of a call, which any thread may cancel, at any moment."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.connected = False
         self.reason: str | None = None
         self._lock = threading.Lock()
@@ -296,7 +296,9 @@ class Chutes:
             return rejected(f"Chutes refused the request ({status})", text)
         return refuse(Remedy.RETRY, "upstream_error", f"Chutes answered with status {status}")
 
-    def _payment(self, detail: dict[str, Any], text: str, refuse: Callable) -> ChutesError:
+    def _payment(
+        self, detail: dict[str, Any], text: str, refuse: Callable[..., ChutesError]
+    ) -> ChutesError:
         reset = _timestamp(detail.get("quota_reset_timestamp"))
         if reset is None:
             headline = "Chutes wants payment (402)"
@@ -323,11 +325,10 @@ class Chutes:
                 return None
         return min(seconds, MAX_RETRY_AFTER) if seconds > 0 else None
 
-    def _plain(self, text: Any) -> str:
+    def _plain(self, found: Any) -> str:
         """Make text from upstream fit to be shown: no secret, one line, not long."""
-        if not isinstance(text, str):
-            text = json.dumps(text, ensure_ascii=False) if text else ""
-        text = self._config.scrub(text)
+        text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        text = self._config.scrub(text if found else "")
         if self._config.reveals_secret(text):
             return "(not shown: it repeats a part of a secret)"
         text = text.encode("utf-8", "replace").decode()
@@ -335,7 +336,7 @@ class Chutes:
         return text if len(text) <= _DETAIL_LENGTH else text[:_DETAIL_LENGTH] + " ..."
 
 
-class _Watched:
+class _Connection(HTTPConnection):
     """A connection that shows its socket to the token before anything is sent on it."""
 
     def __init__(self, *args: Any, token: CancelToken, **kwargs: Any):
@@ -345,7 +346,7 @@ class _Watched:
     def _new_conn(self) -> socket.socket:
         # urllib3 has no public place before the TCP connection and the TLS handshake.
         try:
-            return self._token.connect(self._dns_host, self.port, self.timeout)
+            return self._token.connect(self._dns_host, self.port or 0, cast(float, self.timeout))
         except OSError as error:
             raise NewConnectionError(self, str(error)) from error
 
@@ -354,11 +355,7 @@ class _Watched:
         self._token.connected = not self._token.reason
 
 
-class _WatchedHTTP(_Watched, HTTPConnection):
-    pass
-
-
-class _WatchedHTTPS(_Watched, HTTPSConnection):
+class _TLSConnection(_Connection, HTTPSConnection):
     pass
 
 
@@ -368,9 +365,9 @@ class _Adapter(HTTPAdapter):
         self._token = token
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool = super().get_connection_with_tls_context(*args, **kwargs)
-        watched = _WatchedHTTPS if pool.scheme == "https" else _WatchedHTTP
-        pool.ConnectionCls = functools.partial(watched, token=self._token)
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        connection = _TLSConnection if pool.scheme == "https" else _Connection
+        pool.ConnectionCls = functools.partial(connection, token=self._token)
         return pool
 
 
@@ -424,7 +421,8 @@ def _quota(response: requests.Response) -> tuple[float, float, float] | None:
     ]
     if not all(re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", number) for number in numbers):
         return None
-    return tuple(float(n) if "." in n else int(n) for n in numbers)
+    total, used, remaining = (float(n) if "." in n else int(n) for n in numbers)
+    return total, used, remaining
 
 
 def _detail(response: requests.Response) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
@@ -35,6 +35,7 @@ from records import (
 POSITIONS = 1000
 KEY_SECONDS = 86400.0
 _VERSION = 1
+_Values = Sequence[Any] | Mapping[str, Any]
 _SCHEMA = Path(__file__).with_name("schema.sql")
 
 
@@ -46,7 +47,9 @@ class DatabaseError(Exception):
         self.full = full
 
 
-_COLUMNS = ", ".join(field.name for field in fields(Task))
+_FIELDS = [field.name for field in fields(Task)]
+_COLUMNS = ", ".join(_FIELDS)
+_PARAMS = _FIELDS.index("params")
 
 # The models with a task that is ready, each found by one step in the index: a held
 # model with 100,000 waiting tasks costs one look, not 100,000. Left to itself, SQLite
@@ -143,11 +146,8 @@ class Database:
 
     def get(self, id: str) -> Task | None:
         """Read a task, or return None where there is none."""
-        with self._read() as connection:
-            rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (id,)
-            ).fetchall()
-        return _task(rows)
+        rows = self._fetch(f"SELECT {_COLUMNS} FROM tasks WHERE id = ?", (id,))
+        return _task(rows[0]) if rows else None
 
     def queue_view(
         self,
@@ -201,13 +201,12 @@ class Database:
 
     def has_work(self, now: float) -> bool:
         """Return whether `claim` would find a task; reads only, in well under a millisecond."""
-        with self._read() as connection:
-            ((found,),) = connection.execute(
-                f"""SELECT EXISTS (SELECT 1 FROM tasks INDEXED BY tasks_later
-                                   WHERE status = 'pending' AND not_before <= :now)
-                        OR EXISTS ({_NEXT})""",
-                {"now": now},
-            ).fetchall()
+        ((found,),) = self._fetch(
+            f"""SELECT EXISTS (SELECT 1 FROM tasks INDEXED BY tasks_later
+                               WHERE status = 'pending' AND not_before <= :now)
+                    OR EXISTS ({_NEXT})""",
+            {"now": now},
+        )
         return bool(found)
 
     def next_start(self, count: int, seconds: float, now: float) -> float | None:
@@ -234,17 +233,16 @@ class Database:
                    WHERE status = 'pending' AND not_before <= ?""",
                 (now,),
             )
-            task = _task(
-                connection.execute(
-                    f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
-                          started_at = :stamp, updated_at = :stamp
-                        WHERE seq = ({_NEXT}) AND status = 'pending'
-                        RETURNING {_COLUMNS}""",
-                    {"now": now, "stamp": stamp(now)},
-                ).fetchall()
-            )
-            if task is None:
+            rows = connection.execute(
+                f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
+                      started_at = :stamp, updated_at = :stamp
+                    WHERE seq = ({_NEXT}) AND status = 'pending'
+                    RETURNING {_COLUMNS}""",
+                {"now": now, "stamp": stamp(now)},
+            ).fetchall()
+            if not rows:
                 return None
+            task = _task(rows[0])
             connection.execute(
                 "INSERT INTO calls (task, number, started) VALUES (?, ?, ?)",
                 (task.id, task.calls, now),
@@ -286,51 +284,42 @@ class Database:
         conditions = {"status": "status = :status", "model": "model = :model"}
         conditions["before"] = "seq < :before"
         where = " AND ".join(conditions[name] for name in wanted if wanted[name] is not None)
-        with self._read() as connection:
-            rows = connection.execute(
-                f"""SELECT {_COLUMNS} FROM tasks {"WHERE " + where if where else ""}
-                    ORDER BY seq DESC LIMIT :limit""",
-                {**wanted, "limit": limit},
-            ).fetchall()
-        return [_task([row]) for row in rows]
+        rows = self._fetch(
+            f"""SELECT {_COLUMNS} FROM tasks {"WHERE " + where if where else ""}
+                ORDER BY seq DESC LIMIT :limit""",
+            {**wanted, "limit": limit},
+        )
+        return [_task(row) for row in rows]
 
     def models(self) -> list[str]:
         """Return the models that have made a picture, of the tasks that are kept."""
-        with self._read() as connection:
-            rows = connection.execute(
-                """WITH RECURSIVE used (model) AS (
-                     SELECT min(model) FROM tasks INDEXED BY tasks_status_model
-                     WHERE status = 'completed'
-                     UNION ALL
-                     SELECT (SELECT min(tasks.model) FROM tasks INDEXED BY tasks_status_model
-                             WHERE status = 'completed' AND tasks.model > used.model)
-                     FROM used WHERE used.model IS NOT NULL
-                   )
-                   SELECT model FROM used WHERE model IS NOT NULL LIMIT 1000"""
-            ).fetchall()
-        return [row[0] for row in rows]
+        return self._column(
+            """WITH RECURSIVE used (model) AS (
+                 SELECT min(model) FROM tasks INDEXED BY tasks_status_model
+                 WHERE status = 'completed'
+                 UNION ALL
+                 SELECT (SELECT min(tasks.model) FROM tasks INDEXED BY tasks_status_model
+                         WHERE status = 'completed' AND tasks.model > used.model)
+                 FROM used WHERE used.model IS NOT NULL
+               )
+               SELECT model FROM used WHERE model IS NOT NULL LIMIT 1000"""
+        )
 
     def calls(self, id: str) -> list[PastCall]:
         """Read the upstream calls of a task, the first one first."""
-        with self._read() as connection:
-            rows = connection.execute(
-                """SELECT number, started, seconds, http_status, outcome, invocation_id
-                   FROM calls WHERE task = ? ORDER BY number""",
-                (id,),
-            ).fetchall()
-        return [replace(call, started=stamp(call.started)) for call in (PastCall(*r) for r in rows)]
+        rows = self._fetch(
+            """SELECT number, started, seconds, http_status, outcome, invocation_id
+               FROM calls WHERE task = ? ORDER BY number""",
+            (id,),
+        )
+        return [PastCall(number, stamp(started), *rest) for number, started, *rest in rows]
 
     def unfinished(self, ids: Iterable[str]) -> set[str]:
         """Return those of the tasks that are pending or processing."""
         ids = list(ids)
         marks = ", ".join("?" * len(ids))
-        with self._read() as connection:
-            rows = connection.execute(
-                f"""SELECT id FROM tasks
-                    WHERE id IN ({marks}) AND status IN ('pending', 'processing')""",
-                ids,
-            ).fetchall()
-        return {row[0] for row in rows}
+        sql = f"SELECT id FROM tasks WHERE id IN ({marks}) AND status IN ('pending', 'processing')"
+        return set(self._column(sql, ids))
 
     def cancel(self, id: str, now: float) -> None:
         """Fail a pending task at once, and have the call of one that is processing cut."""
@@ -342,12 +331,10 @@ class Database:
 
     def canceling(self) -> list[str]:
         """Return the tasks whose calls are to be cut."""
-        with self._read() as connection:
-            rows = connection.execute(
-                """SELECT id FROM tasks INDEXED BY tasks_canceling
-                   WHERE status = 'processing' AND canceling"""
-            ).fetchall()
-        return [row[0] for row in rows]
+        return self._column(
+            """SELECT id FROM tasks INDEXED BY tasks_canceling
+               WHERE status = 'processing' AND canceling"""
+        )
 
     def retry(self, id: str, new_id: str, now: float, max_pending: int | None = None) -> bool:
         """Add a new task with the input of one that has ended; False where it has not.
@@ -356,15 +343,7 @@ class Database:
         """
         with self._write() as connection:
             _check_pending_limit(connection, max_pending)
-            if not _changed(
-                connection.execute(
-                    f"""{_ADD_AGAIN} WHERE id = :id AND status IN ('completed', 'failed')""",
-                    {"id": id, "new_id": new_id, "stamp": stamp(now)},
-                )
-            ):
-                return False
-            connection.execute("UPDATE tasks SET retried_as = ? WHERE id = ?", (new_id, id))
-            return True
+            return _retry(connection, id, new_id, now)
 
     def retry_failed(
         self,
@@ -381,31 +360,23 @@ class Database:
         Only those whose `seq` is at most `up_to`, and who failed with that code and are
         of these models, if any are given. Raises QueueFull where there is no room for one.
         """
-        index, only = "tasks_unretried_line", ""
-        if error_code:
-            index, only = "tasks_unretried", "AND error_code = :code"
+        index = "tasks_unretried" if error_code else "tasks_unretried_line"
+        only = "AND error_code = :code" if error_code else ""
         if models:
             only += " AND model IN (SELECT value FROM json_each(:models))"
+        values = {"code": error_code, "up_to": up_to, "models": json.dumps(models)}
         with self._write() as connection:
             limit = min(limit, _free_slots(connection, max_pending))
             rows = connection.execute(
                 f"""SELECT id FROM tasks INDEXED BY {index}
-                    WHERE status = 'failed' AND retried_as IS NULL
-                      AND seq <= :up_to {only}
+                    WHERE status = 'failed' AND retried_as IS NULL AND seq <= :up_to {only}
                     ORDER BY seq LIMIT :limit""",
-                {
-                    "code": error_code,
-                    "up_to": up_to,
-                    "models": json.dumps(models),
-                    "limit": max(limit, 1),
-                },
+                {**values, "limit": max(limit, 1)},
             ).fetchall()
             if rows and limit < 1:
                 raise QueueFull
             for (id,) in rows:
-                values = {"id": id, "new_id": new_id(), "stamp": stamp(now)}
-                connection.execute(f"{_ADD_AGAIN} WHERE id = :id", values)
-                connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
+                _retry(connection, id, new_id(), now)
             return len(rows)
 
     def delete(self, id: str, limits_since: float) -> bool:
@@ -416,11 +387,8 @@ class Database:
         files have gone: a death in between leaves the note.
         """
         with self._write() as connection:
-            if not _changed(
-                connection.execute(
-                    "DELETE FROM tasks WHERE id = ? AND status != 'processing'", (id,)
-                )
-            ):
+            sql = "DELETE FROM tasks WHERE id = ? AND status != 'processing'"
+            if not connection.execute(sql, (id,)).rowcount:
                 return False
             _note_deletion(connection, id, limits_since)
             return True
@@ -434,7 +402,7 @@ class Database:
                 return []
         with self._write() as connection:
             rows = connection.execute(f"SELECT {_COLUMNS} {old}", (cutoff, limit)).fetchall()
-            tasks = [_task([row]) for row in rows]
+            tasks = [_task(row) for row in rows]
             for task in tasks:
                 connection.execute("DELETE FROM tasks WHERE seq = ?", (task.seq,))
                 _note_deletion(connection, task.id, limits_since)
@@ -465,16 +433,11 @@ class Database:
 
     def pending_deletions(self, limit: int = 1000) -> list[str]:
         """Return some deleted tasks whose files may still be there, each time others."""
-        with self._read() as connection:
-            rows = connection.execute(
-                "SELECT id FROM removals ORDER BY random() LIMIT ?", (limit,)
-            ).fetchall()
-        return [row[0] for row in rows]
+        return self._column("SELECT id FROM removals ORDER BY random() LIMIT ?", (limit,))
 
     def files_deleted(self, id: str) -> None:
         """Note that the files of a deleted task have gone."""
-        with self._write() as connection:
-            connection.execute("DELETE FROM removals WHERE id = ?", (id,))
+        self._run("DELETE FROM removals WHERE id = ?", (id,))
 
     def queue(self, now: float) -> Queue:
         """Read how the queue stands, at one instant."""
@@ -527,20 +490,15 @@ class Database:
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
-        with self._write() as connection:
-            connection.execute("UPDATE queue SET paused = 1, pause_reason = NULL")
+        self._run("UPDATE queue SET paused = 1, pause_reason = NULL")
 
     def resume(self) -> None:
         """End a pause, whoever began it."""
-        with self._write() as connection:
-            connection.execute("UPDATE queue SET paused = 0, pause_reason = NULL")
+        self._run("UPDATE queue SET paused = 0, pause_reason = NULL")
 
     def delay_hold(self, model: str, until: float) -> None:
         """Let a hold that is due last until then."""
-        with self._write() as connection:
-            connection.execute(
-                "UPDATE holds SET until = ? WHERE model = ? AND probe IS NULL", (until, model)
-            )
+        self._run("UPDATE holds SET until = ? WHERE model = ? AND probe IS NULL", (until, model))
 
     def hold(self, model: str) -> Hold | None:
         """Read the hold of a model, or of ALL_MODELS."""
@@ -565,11 +523,8 @@ class Database:
 
     def orphans(self) -> list[Task]:
         """Read the tasks under way: for whoever begins to run the queue, all are orphans."""
-        with self._read() as connection:
-            rows = connection.execute(
-                f"SELECT {_COLUMNS} FROM tasks WHERE status = 'processing' ORDER BY seq"
-            ).fetchall()
-        return [_task([row]) for row in rows]
+        rows = self._fetch(f"SELECT {_COLUMNS} FROM tasks WHERE status = 'processing' ORDER BY seq")
+        return [_task(row) for row in rows]
 
     def reset_run_state(self, max_attempts: int, now: float) -> None:
         """Note that the queue starts anew.
@@ -640,6 +595,19 @@ class Database:
             f"BEGIN IMMEDIATE; {_SCHEMA.read_text()} PRAGMA user_version = {_VERSION}; COMMIT"
         )
 
+    def _fetch(self, sql: str, values: _Values = ()) -> list[Any]:
+        """Read all rows of one statement."""
+        with self._read() as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def _column(self, sql: str, values: _Values = ()) -> list[str]:
+        return [row[0] for row in self._fetch(sql, values)]
+
+    def _run(self, sql: str, values: _Values = ()) -> None:
+        """Write by one statement."""
+        with self._write() as connection:
+            connection.execute(sql, values)
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep every other writer out, in this process and in all others."""
@@ -681,10 +649,20 @@ _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :er
                updated_at = :stamp, finished_at = :stamp
              WHERE id = :id AND status = 'pending'"""
 
-_ADD_AGAIN = """INSERT INTO tasks
-                  (id, prompt, model, params, priority, status, created_at, updated_at)
-                SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp
-                FROM tasks"""
+
+def _retry(connection: sqlite3.Connection, task_id: str, new_id: str, now: float) -> bool:
+    values = {"id": task_id, "new_id": new_id, "stamp": stamp(now)}
+    cursor = connection.execute(
+        """INSERT INTO tasks
+             (id, prompt, model, params, priority, status, created_at, updated_at)
+           SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp
+           FROM tasks WHERE id = :id AND status IN ('completed', 'failed')""",
+        values,
+    )
+    if not cursor.rowcount:
+        return False
+    connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
+    return True
 
 
 def _cancel(task_id: str, now: float) -> dict[str, Any]:
@@ -745,7 +723,7 @@ def _end_attempt(connection: sqlite3.Connection, task: Task, end: Ending, now: f
     )
     # A task that is being canceled has no next attempt.
     connection.execute(_CANCEL + " AND canceling", _cancel(task.id, now))
-    return _changed(cursor)
+    return bool(cursor.rowcount)
 
 
 def _end_probe(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
@@ -806,11 +784,12 @@ def _free_slots(connection: sqlite3.Connection, max_pending: int | None) -> int:
     """Return how many more tasks may be pending."""
     if max_pending is None:
         return sys.maxsize
-    ((pending,),) = connection.execute(
+    pending = _count(
+        connection,
         """SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_line
                                  WHERE status = 'pending' LIMIT ?)""",
         (max_pending,),
-    ).fetchall()
+    )
     return max_pending - pending
 
 
@@ -822,10 +801,8 @@ def _check_pending_limit(
 
 
 def _calls_since(connection: sqlite3.Connection, then: float, limit: int = -1) -> int:
-    ((calls,),) = connection.execute(
-        "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)", (then, limit)
-    ).fetchall()
-    return calls
+    sql = "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)"
+    return _count(connection, sql, (then, limit))
 
 
 def midnight(now: float) -> float:
@@ -857,21 +834,17 @@ def _next_start(
 
 
 def _count_processing(connection: sqlite3.Connection) -> int:
-    ((count,),) = connection.execute(
-        "SELECT count(*) FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
-    ).fetchall()
-    return count
+    sql = "SELECT count(*) FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
+    return _count(connection, sql)
 
 
-def _task(rows: list[tuple]) -> Task | None:
-    if not rows:
-        return None
-    task = Task(*rows[0])
-    return replace(task, params=json.loads(task.params))
+def _count(connection: sqlite3.Connection, sql: str, values: _Values = ()) -> int:
+    return int(connection.execute(sql, values).fetchall()[0][0])
 
 
-def _changed(cursor: sqlite3.Cursor) -> bool:
-    return cursor.rowcount == 1
+def _task(row: tuple[Any, ...]) -> Task:
+    task = Task(*row)
+    return replace(task, params=json.loads(row[_PARAMS]))
 
 
 def stamp(now: float) -> str:

@@ -1,21 +1,25 @@
 """How gunicorn serves the application: `gunicorn` in this folder needs nothing more."""
 
 import importlib
+import logging
 import math
 import os
 import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from gunicorn import glogging
+from gunicorn.arbiter import Arbiter
+from gunicorn.config import Config
 
 import config as settings
 import logs
 from db import Database, DatabaseError
 
 
-def _check_database(config):
+def _check_database(config: settings.Config) -> None:
     """Try the database before there are workers, which would each fail for themselves."""
     try:
         Database(config.database_path).close()
@@ -57,48 +61,48 @@ for _library in ("flask", "PIL.Image", "prometheus_client", "pydantic", "request
 class logger_class(glogging.Logger):
     """Send gunicorn's lines and ours through one format, to wherever gunicorn's go."""
 
-    def setup(self, cfg):
+    def setup(self, cfg: Config) -> None:
         super().setup(cfg)
         for handler in self.error_log.handlers:
             handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
-        logs.logging.root.handlers = list(self.error_log.handlers)
-        logs.logging.root.setLevel(self.error_log.level)
+        logging.root.handlers = list(self.error_log.handlers)
+        logging.root.setLevel(self.error_log.level)
 
-    def warning(self, msg, *args, **kwargs):
+    def warning(self, msg: object, *args: Any, **kwargs: Any) -> None:
         """Log a warning without what a client sent for a request: it may be a prompt."""
-        if msg.startswith("Invalid request"):
-            msg = re.split("['\"]", msg, maxsplit=1)[0]
+        if str(msg).startswith("Invalid request"):
+            msg = re.split("['\"]", str(msg), maxsplit=1)[0]
         super().warning(msg, *args, **kwargs)
 
-    def exception(self, msg, *args, **kwargs):
+    def exception(self, msg: object, *args: Any, **kwargs: Any) -> None:
         """Log a traceback, but not where a client is at fault."""
         if isinstance(sys.exc_info()[1], TimeoutError):
-            self.info("a client has stalled, and is given up")
+            self.info("client timed out")
         else:
             super().exception(msg, *args, **kwargs)
 
 
-def when_ready(server):
+def when_ready(server: Arbiter) -> None:
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
     if error := settings.listening_error(_config):
         raise SystemExit(error)
 
 
-def on_reload(server):
+def on_reload(server: Arbiter) -> None:
     """Stop, as well as SIGTERM does, where the settings no longer allow the address."""
     if error := settings.listening_error(_config):
-        server.log.error(error)
+        logging.getLogger("gunicorn.error").error(error)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def post_worker_init(worker):
+def post_worker_init(worker: Any) -> None:
     """Let this process stand by for the queue, for as long as it serves its own master."""
     worker.wsgi.extensions["worker"].start(
         lambda: worker.alive and os.getppid() == worker.ppid,
     )
 
 
-def worker_exit(server, worker):
+def worker_exit(server: Arbiter, worker: Any) -> None:
     """End what the process began; the master calls this too, for one that never started."""
     if hasattr(worker, "wsgi"):
         import app  # Not in the master: a reload would serve the code of before.

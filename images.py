@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from PIL import Image as Pillow
 
@@ -15,6 +15,7 @@ from records import AttemptError, Image, Remedy
 MAX_PIXELS = 4096 * 4096
 THUMBNAIL_SIDE = 512
 
+_Result = TypeVar("_Result")
 _BROKEN = "The image ended early or does not decode"
 
 
@@ -49,7 +50,7 @@ class Decoder:
     an image's worth.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "decode")
 
     def inspect(self, path: Path) -> Image:
@@ -64,11 +65,11 @@ class Decoder:
         """Finish what is being decoded, and end the thread."""
         self._thread.shutdown()
 
-    def _do(self, work: Callable, *args: Path) -> Any:
+    def _do(self, work: Callable[[Path], _Result], path: Path) -> _Result:
         try:
-            future = self._thread.submit(work, *args)
+            future = self._thread.submit(work, path)
         except RuntimeError:  # The interpreter is going down, but the image is paid for.
-            return work(*args)
+            return work(path)
         return future.result()
 
 

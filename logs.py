@@ -17,7 +17,7 @@ class Formatter(logging.Formatter):
     are escaped and values quoted, so that no text from outside can forge a line or a fact.
     """
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def __init__(self, scrub: Callable[[str], str]):
         super().__init__()
@@ -72,7 +72,7 @@ def to_stderr(log_format: str, scrub: Callable[[str], str]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def _extra(record: logging.LogRecord) -> dict:
+def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {
         key: value
         for key, value in vars(record).items()

@@ -21,7 +21,7 @@ def part_path(config: Config, task_id: str) -> Path:
 
 def image_path(config: Config, task: Task) -> Path:
     """Return where a task's image is: where it was put, or in a folder that has moved."""
-    path = Path(task.file_path)
+    path = Path(task.file_path or "")
     return path if path.exists() else config.output_dir / path.name
 
 

@@ -401,18 +401,19 @@ class Worker:
             path.unlink(missing_ok=True)
 
     def _write_until_accepted(
-        self, write: Callable[[], None], gives_up: Callable[[], bool]
+        self, write: Callable[[], object], gives_up: Callable[[], bool]
     ) -> None:
         """Write to the database, again each second until it takes it or `gives_up` says so."""
         while True:
             try:
-                return write()
+                write()
+                return
             except DatabaseError as error:
                 log.error("the queue waits for its database: %s", error)
             except Exception:
                 log.exception("internal server error; what it stopped is tried again")
             if gives_up() or self._is_over.wait(1):
-                return None
+                return
 
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""
@@ -509,4 +510,4 @@ def backoff(attempts: int, base: float, jitter: float) -> float:
 def rate_limit(config: Config) -> tuple[int, float] | None:
     """Return the rate limit as calls and seconds, with a margin that keeps it for Chutes."""
     limit = config.rate_limit
-    return limit and (limit.count, limit.seconds + RATE_MARGIN)
+    return (limit.count, limit.seconds + RATE_MARGIN) if limit else None

@@ -137,7 +137,7 @@ def parse(body: bytes) -> dict[str, Any]:
     raise Refusal(400, "Invalid JSON body")
 
 
-def accepts(rules: dict[str, tuple], fields: dict[str, Any]) -> bool:
+def accepts(rules: dict[str, tuple[Any, ...]], fields: dict[str, Any]) -> bool:
     """Return whether there is a rule for each field, and its value keeps it."""
     return all(name in rules and fits(value, *rules[name]) for name, value in fields.items())
 

@@ -4,6 +4,7 @@ import logging
 import time
 
 import pytest
+from flask.testing import FlaskClient
 from upstream import Upstream, serving
 
 import config as settings
@@ -24,6 +25,13 @@ class Clock:
 
     def __call__(self):
         return self.now
+
+
+class Client(FlaskClient):
+    """A client that reads each answer to its end, and closes the files behind it."""
+
+    def open(self, *args, buffered=True, **options):
+        return super().open(*args, buffered=buffered, **options)
 
 
 def wait_until(fact, seconds=20, what="the fact did not come about"):
@@ -111,6 +119,7 @@ def serve(configure, upstream):
 
     def make(**values):
         app = create_app(configure(CHUTES_API_URL=upstream.url, **values))
+        app.test_client_class = Client
         made.append(app)
         return app.test_client()
 
