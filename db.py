@@ -75,6 +75,16 @@ ORDER BY tasks.priority DESC, tasks.seq LIMIT 1
 """
 
 
+class _Connection(sqlite3.Connection):
+    """A connection that reads a statement whole: an unfinished one would stand in others' way."""
+
+    def rows(self, sql: str, values: _Values = ()) -> list[Any]:
+        return self.execute(sql, values).fetchall()
+
+    def count(self, sql: str, values: _Values = ()) -> int:
+        return int(self.rows(sql, values)[0][0])
+
+
 class Database:
     """Own the two connections of this process: one that writes, one that reads.
 
@@ -171,14 +181,12 @@ class Database:
         `ahead` is exact to POSITIONS and one more beyond, `calls_today` to `max_calls`.
         """
         with self._read() as connection:
-            line = connection.execute(
+            line = connection.rows(
                 """SELECT -priority, seq FROM tasks INDEXED BY tasks_line
                    WHERE status = 'pending' ORDER BY priority DESC, seq LIMIT ?""",
                 (POSITIONS + 1,),
-            ).fetchall()
-            ((paused, pause_reason),) = connection.execute(
-                "SELECT paused, pause_reason FROM queue"
-            ).fetchall()
+            )
+            ((paused, pause_reason),) = connection.rows("SELECT paused, pause_reason FROM queue")
             models = dict.fromkeys([ALL_MODELS, *(task.model for task in tasks)])
             holds = _holds(connection, list(models))
             shared = QueueView(
@@ -233,13 +241,13 @@ class Database:
                    WHERE status = 'pending' AND not_before <= ?""",
                 (now,),
             )
-            rows = connection.execute(
+            rows = connection.rows(
                 f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
                       started_at = :stamp, updated_at = :stamp
                     WHERE seq = ({_NEXT}) AND status = 'pending'
                     RETURNING {_COLUMNS}""",
                 {"now": now, "stamp": stamp(now)},
-            ).fetchall()
+            )
             if not rows:
                 return None
             task = _task(rows[0])
@@ -367,12 +375,12 @@ class Database:
         values = {"code": error_code, "up_to": up_to, "models": json.dumps(models)}
         with self._write() as connection:
             limit = min(limit, _free_slots(connection, max_pending))
-            rows = connection.execute(
+            rows = connection.rows(
                 f"""SELECT id FROM tasks INDEXED BY {index}
                     WHERE status = 'failed' AND retried_as IS NULL AND seq <= :up_to {only}
                     ORDER BY seq LIMIT :limit""",
                 {**values, "limit": max(limit, 1)},
-            ).fetchall()
+            )
             if rows and limit < 1:
                 raise QueueFull
             for (id,) in rows:
@@ -387,26 +395,18 @@ class Database:
         files have gone: a death in between leaves the note.
         """
         with self._write() as connection:
-            sql = "DELETE FROM tasks WHERE id = ? AND status != 'processing'"
-            if not connection.execute(sql, (id,)).rowcount:
-                return False
-            _note_deletion(connection, id, limits_since)
-            return True
+            return _delete(connection, id, limits_since)
 
     def purge(self, finished_before: float, limit: int, limits_since: float) -> list[Task]:
         """Delete up to `limit` tasks that ended before then, with their calls, as `delete` does."""
-        cutoff = stamp(finished_before)
-        with self._read() as connection:
-            old = "FROM tasks INDEXED BY tasks_finished WHERE finished_at < ? LIMIT ?"
-            if not connection.execute(f"SELECT 1 {old}", (cutoff, 1)).fetchall():
-                return []
+        rows = self._fetch(
+            f"SELECT {_COLUMNS} FROM tasks INDEXED BY tasks_finished WHERE finished_at < ? LIMIT ?",
+            (stamp(finished_before), limit),
+        )
+        if not rows:
+            return []
         with self._write() as connection:
-            rows = connection.execute(f"SELECT {_COLUMNS} {old}", (cutoff, limit)).fetchall()
-            tasks = [_task(row) for row in rows]
-            for task in tasks:
-                connection.execute("DELETE FROM tasks WHERE seq = ?", (task.seq,))
-                _note_deletion(connection, task.id, limits_since)
-            return tasks
+            return [t for t in map(_task, rows) if _delete(connection, t.id, limits_since)]
 
     def purge_calls(
         self, after: tuple[float, str, int], limits_since: float, limit: int = 500
@@ -417,14 +417,14 @@ class Database:
         to go on from, or None where there was none.
         """
         with self._read() as connection:
-            rows = connection.execute(
+            rows = connection.rows(
                 """SELECT started, task, number,
                      EXISTS (SELECT 1 FROM tasks WHERE tasks.id = calls.task)
                    FROM calls INDEXED BY calls_started
                    WHERE (started, task, number) > (?, ?, ?) AND started < ?
                    ORDER BY started, task, number LIMIT ?""",
                 (*after, limits_since, limit),
-            ).fetchall()
+            )
         orphans = [(task, number) for _, task, number, has_task in rows if not has_task]
         if orphans:
             with self._write() as connection:
@@ -442,15 +442,15 @@ class Database:
     def queue(self, now: float) -> Queue:
         """Read how the queue stands, at one instant."""
         with self._read() as connection:
-            ((pending, oldest),) = connection.execute(
+            ((pending, oldest),) = connection.rows(
                 """SELECT count(*), min(created_at) FROM tasks INDEXED BY tasks_age
                    WHERE status = 'pending'"""
-            ).fetchall()
-            ((paused, reason, *quota),) = connection.execute(
+            )
+            ((paused, reason, *quota),) = connection.rows(
                 """SELECT paused, pause_reason, quota_total, quota_used, quota_remaining
                    FROM queue"""
-            ).fetchall()
-            models = connection.execute("SELECT model FROM holds ORDER BY model").fetchall()
+            )
+            models = connection.rows("SELECT model FROM holds ORDER BY model")
             return Queue(
                 pending=pending,
                 processing=_count_processing(connection),
@@ -476,16 +476,14 @@ class Database:
     def stats(self) -> Stats:
         """Read the numbers that are for gauges only."""
         with self._read() as connection:
-            statuses = connection.execute(
-                "SELECT status, count(*) FROM tasks GROUP BY 1"
-            ).fetchall()
-            failures = connection.execute(
+            statuses = connection.rows("SELECT status, count(*) FROM tasks GROUP BY 1")
+            failures = connection.rows(
                 "SELECT error_code, count(*) FROM tasks WHERE status = 'failed' GROUP BY 1"
-            ).fetchall()
-            buckets = connection.execute("SELECT le, calls FROM buckets ORDER BY le").fetchall()
-            ((seconds, bytes_),) = connection.execute(
+            )
+            buckets = connection.rows("SELECT le, calls FROM buckets ORDER BY le")
+            ((seconds, bytes_),) = connection.rows(
                 "SELECT upstream_seconds, image_bytes FROM queue"
-            ).fetchall()
+            )
         return Stats(dict(statuses), dict(failures), tuple(buckets), seconds, bytes_)
 
     def pause(self) -> None:
@@ -511,7 +509,7 @@ class Database:
         with self._read() as connection:
             old = """SELECT seq FROM tasks INDEXED BY tasks_age
                      WHERE status = 'pending' AND created_at < ? LIMIT ?"""
-            if not connection.execute(old, (cutoff, 1)).fetchall():
+            if not connection.rows(old, (cutoff, 1)):
                 return 0
         with self._write() as connection:
             return connection.execute(
@@ -571,22 +569,22 @@ class Database:
                 {"now": now, "latest": now + max_wait},
             )
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> _Connection:
         # Autocommit: every transaction is begun and ended in sight. The lock beside each
         # connection keeps the threads apart, so that sqlite3 need not check for it.
         connection = sqlite3.connect(
-            self.path, timeout=30, isolation_level=None, check_same_thread=False
+            *(self.path, 30), isolation_level=None, check_same_thread=False, factory=_Connection
         )
-        connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        connection.rows("PRAGMA journal_mode = WAL")
         # NORMAL may lose the last commits when the power goes.
-        connection.execute("PRAGMA synchronous = FULL").fetchall()
+        connection.rows("PRAGMA synchronous = FULL")
         return connection
 
     def _create_tables(self) -> None:
-        ((version,),) = self._writer.execute("PRAGMA user_version").fetchall()
+        ((version,),) = self._writer.rows("PRAGMA user_version")
         if version == _VERSION:
             return
-        if version or self._writer.execute("SELECT 1 FROM sqlite_schema").fetchall():
+        if version or self._writer.rows("SELECT 1 FROM sqlite_schema"):
             raise DatabaseError(
                 f"{self.path} was made by another program or another version: "
                 "move it away, or name another file in DATABASE_PATH"
@@ -598,7 +596,7 @@ class Database:
     def _fetch(self, sql: str, values: _Values = ()) -> list[Any]:
         """Read all rows of one statement."""
         with self._read() as connection:
-            return connection.execute(sql, values).fetchall()
+            return connection.rows(sql, values)
 
     def _column(self, sql: str, values: _Values = ()) -> list[str]:
         return [row[0] for row in self._fetch(sql, values)]
@@ -621,7 +619,7 @@ class Database:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def _write(self) -> Iterator[_Connection]:
         with self._alone():
             self._writer.execute("BEGIN IMMEDIATE")
             try:
@@ -633,7 +631,7 @@ class Database:
                 raise
 
     @contextmanager
-    def _read(self) -> Iterator[sqlite3.Connection]:
+    def _read(self) -> Iterator[_Connection]:
         with self._reading:
             try:
                 self._reader.execute("BEGIN")
@@ -650,7 +648,7 @@ _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :er
              WHERE id = :id AND status = 'pending'"""
 
 
-def _retry(connection: sqlite3.Connection, task_id: str, new_id: str, now: float) -> bool:
+def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bool:
     values = {"id": task_id, "new_id": new_id, "stamp": stamp(now)}
     cursor = connection.execute(
         """INSERT INTO tasks
@@ -674,7 +672,7 @@ def _cancel(task_id: str, now: float) -> dict[str, Any]:
     }
 
 
-def _end_call(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
+def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
     connection.execute(
         """UPDATE calls SET outcome = ?, seconds = ?, http_status = ?, invocation_id = ?
            WHERE task = ? AND number = ? AND outcome IS NULL""",
@@ -695,7 +693,7 @@ def _end_call(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
         )
 
 
-def _end_attempt(connection: sqlite3.Connection, task: Task, end: Ending, now: float) -> bool:
+def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -> bool:
     has_failed, is_pending = end.status == "failed", end.status == "pending"
     facts = vars(end.image) if end.image else {}
     cursor = connection.execute(
@@ -726,14 +724,14 @@ def _end_attempt(connection: sqlite3.Connection, task: Task, end: Ending, now: f
     return bool(cursor.rowcount)
 
 
-def _end_probe(connection: sqlite3.Connection, task: Task, end: Ending) -> None:
+def _end_probe(connection: _Connection, task: Task, end: Ending) -> None:
     """Lift the holds that the task probed and got past; leave the others to the next probe."""
     if end.counted or (end.hold and end.hold.model != ALL_MODELS):
         connection.execute("DELETE FROM holds WHERE probe = ?", (task.id,))
     connection.execute("UPDATE holds SET probe = NULL WHERE probe = ?", (task.id,))
 
 
-def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: float) -> None:
+def _set_hold(connection: _Connection, hold: NewHold, task: Task, now: float) -> None:
     # Only the probe's failure doubles the wait: the calls that were under way when the
     # hold began tell nothing new.
     connection.execute(
@@ -759,33 +757,36 @@ def _set_hold(connection: sqlite3.Connection, hold: NewHold, task: Task, now: fl
     )
 
 
-def _note_deletion(connection: sqlite3.Connection, task_id: str, limits_since: float) -> None:
+def _delete(connection: _Connection, task_id: str, limits_since: float) -> bool:
+    sql = "DELETE FROM tasks WHERE id = ? AND status != 'processing'"
+    if not connection.execute(sql, (task_id,)).rowcount:
+        return False
     connection.execute("DELETE FROM calls WHERE task = ? AND started < ?", (task_id, limits_since))
     connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task_id,))
+    return True
 
 
-def _first_tasks(connection: sqlite3.Connection, key: IdempotencyKey, now: float) -> list[str]:
+def _first_tasks(connection: _Connection, key: IdempotencyKey, now: float) -> list[str]:
     connection.execute(
         """DELETE FROM idempotency WHERE rowid IN (
              SELECT rowid FROM idempotency WHERE created <= ? ORDER BY created LIMIT 500)""",
         (now - KEY_SECONDS,),
     )
-    rows = connection.execute(
+    rows = connection.rows(
         """SELECT fingerprint, task FROM idempotency
            WHERE client = ? AND key = ? AND created > ?""",
         (key.client, key.value, now - KEY_SECONDS),
-    ).fetchall()
+    )
     if rows and rows[0][0] != key.fingerprint:
         raise KeyReused
     return rows[0][1].split() if rows else []
 
 
-def _free_slots(connection: sqlite3.Connection, max_pending: int | None) -> int:
+def _free_slots(connection: _Connection, max_pending: int | None) -> int:
     """Return how many more tasks may be pending."""
     if max_pending is None:
         return sys.maxsize
-    pending = _count(
-        connection,
+    pending = connection.count(
         """SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_line
                                  WHERE status = 'pending' LIMIT ?)""",
         (max_pending,),
@@ -793,16 +794,14 @@ def _free_slots(connection: sqlite3.Connection, max_pending: int | None) -> int:
     return max_pending - pending
 
 
-def _check_pending_limit(
-    connection: sqlite3.Connection, max_pending: int | None, wanted: int = 1
-) -> None:
+def _check_pending_limit(connection: _Connection, max_pending: int | None, wanted: int = 1) -> None:
     if _free_slots(connection, max_pending) < wanted:
         raise QueueFull
 
 
-def _calls_since(connection: sqlite3.Connection, then: float, limit: int = -1) -> int:
+def _calls_since(connection: _Connection, then: float, limit: int = -1) -> int:
     sql = "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)"
-    return _count(connection, sql, (then, limit))
+    return connection.count(sql, (then, limit))
 
 
 def midnight(now: float) -> float:
@@ -810,36 +809,30 @@ def midnight(now: float) -> float:
     return now - now % 86400
 
 
-def _holds(connection: sqlite3.Connection, models: list[str]) -> tuple[Hold, ...]:
+def _holds(connection: _Connection, models: list[str]) -> tuple[Hold, ...]:
     """Read the holds of these models, in their order."""
     rows = [
         row
         for model in models
-        for row in connection.execute(
+        for row in connection.rows(
             "SELECT model, reason, until, step, room, probe FROM holds WHERE model = ?", (model,)
-        ).fetchall()
+        )
     ]
     return tuple(Hold(*row) for row in rows)
 
 
-def _next_start(
-    connection: sqlite3.Connection, count: int, seconds: float, now: float
-) -> float | None:
+def _next_start(connection: _Connection, count: int, seconds: float, now: float) -> float | None:
     """Slide the window over the calls that were started, whatever became of them."""
-    rows = connection.execute(
+    rows = connection.rows(
         "SELECT started FROM calls WHERE started > ? ORDER BY started DESC LIMIT 1 OFFSET ?",
         (now - seconds, count - 1),
-    ).fetchall()
+    )
     return rows[0][0] + seconds if rows else None
 
 
-def _count_processing(connection: sqlite3.Connection) -> int:
+def _count_processing(connection: _Connection) -> int:
     sql = "SELECT count(*) FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
-    return _count(connection, sql)
-
-
-def _count(connection: sqlite3.Connection, sql: str, values: _Values = ()) -> int:
-    return int(connection.execute(sql, values).fetchall()[0][0])
+    return connection.count(sql)
 
 
 def _task(row: tuple[Any, ...]) -> Task:
