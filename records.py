@@ -3,15 +3,27 @@
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 ALL_MODELS = "*"
-STATUSES = ("pending", "processing", "completed", "failed")
-ERROR_CODES = (
-    *("upstream_auth", "upstream_payment", "upstream_rejected", "upstream_error"),
-    *("upstream_timeout", "upstream_truncated", "not_an_image", "image_too_large"),
-    *("interrupted", "expired", "canceled", "storage", "internal"),
-)
+Status = Literal["pending", "processing", "completed", "failed"]
+ErrorCode = Literal[
+    "upstream_auth",
+    "upstream_payment",
+    "upstream_rejected",
+    "upstream_error",
+    "upstream_timeout",
+    "upstream_truncated",
+    "not_an_image",
+    "image_too_large",
+    "interrupted",
+    "expired",
+    "canceled",
+    "storage",
+    "internal",
+]
+STATUSES: tuple[str, ...] = get_args(Status)
+ERROR_CODES: tuple[str, ...] = get_args(ErrorCode)
 
 
 class QueueFull(Exception):

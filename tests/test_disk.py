@@ -11,7 +11,7 @@ from conftest import Clock, finished, submit, wait_until
 from server import Server
 from upstream import Answer, image_bytes
 
-from web import answers, tasks
+from web import tasks
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_page_of_tasks_looks_at_the_disk_once(serve, monkeypatch):
     for _ in range(3):
         submit(client)
     looks = []
-    monkeypatch.setattr(answers, "is_low_on_disk", lambda config: looks.append(config))
+    monkeypatch.setattr(tasks, "is_low_on_disk", lambda config: looks.append(config))
     assert len(client.get("/tasks").json["tasks"]) == 3
     assert len(looks) == 1
 

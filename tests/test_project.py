@@ -23,9 +23,9 @@ LAYERS = [
     {"gunicorn.conf"},
     {"app"},
     {"web.tasks", "web.images", "web.openai", "web.health", "web.page", "web.openapi"},
-    {"web.errors", "web.params", "web.answers"},
+    {"web.errors", "web.params"},
     {"web.service"},
-    {"web.access", "web.schemas"},
+    {"web.access", "web.answers", "web.schemas"},
     {"worker"},
     {"db", "chutes", "outputs", "waiters"},
     {"images", "config"},
@@ -39,13 +39,13 @@ OURS = {
 WEB = {name for name in OURS if name.startswith("web.")}
 # What only these know.
 ONLY = {
-    "flask": {"app", *WEB} - {"web.answers", "web.schemas"},
+    "flask": {"app", *WEB} - {"web.schemas"},
     "sqlite3": {"db"},
     "requests": {"chutes"},
     "urllib3": {"chutes"},
     "PIL": {"images"},
     "prometheus_client": {"web.health"},
-    "pydantic": {"config", "web.openapi", "web.schemas"},
+    "pydantic": {"config", "web.answers", "web.openapi", "web.schemas"},
     "dotenv": {"config"},
 }
 

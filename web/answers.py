@@ -1,88 +1,212 @@
-"""What an answer shows: tasks, the queue, and the words for what a task waits for."""
+"""What goes out: the models that build each JSON answer and document it, and `waiting_for`."""
 
-import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from flask import Response
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from config import Config
-from db import POSITIONS, midnight, stamp
-from outputs import is_low_on_disk
-from records import ALL_MODELS, QueueView, Task
-from web.service import service
-from worker import rate_limit
+from db import POSITIONS, midnight
+from records import ALL_MODELS, ErrorCode, QueueView, Status
+
+_Id = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+_Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", description="UTC")]
+# 300 is shown as 300, not as 300.0.
+_Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
 
 
-def tasks_json(tasks: list[Task]) -> list[dict[str, Any]]:
-    """Show tasks; what the pending ones wait for is read at one instant for all."""
-    pending = [task for task in tasks if task.status == "pending"]
-    waits: dict[str, tuple[int | None, str]] = {}
-    if pending:
-        now, is_low = time.time(), is_low_on_disk(service.config)
-        queue_views = service.database.queue_views(
-            pending, rate_limit(service.config), now, service.config.max_per_day
-        )
-        for task, queue_view in zip(pending, queue_views, strict=True):
-            position = queue_view.ahead + 1 if queue_view.ahead < POSITIONS else None
-            waits[task.id] = position, waiting_for(task, queue_view, service.config, now, is_low)
-    return [_task_json(task, *waits.get(task.id, (None, None))) for task in tasks]
+class Answer(BaseModel):
+    """A JSON object, with every key there and no other."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
+    status_code: ClassVar[int] = 200
+
+    @classmethod
+    def of(cls, record: Any, **more: Any) -> Self:
+        """Show what a record knows of the answer's keys; `more` are the others.
+
+        Nothing is checked: a row that is not as documented must not fail a page of others.
+        """
+        return cls.model_construct(**{**vars(record), **more})
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        """Return the keys that were given, as one line."""
+        text = self.model_dump_json(exclude_unset=True, warnings=False) + "\n"
+        return Response(text, self.status_code, headers, content_type="application/json")
 
 
-def _task_json(task: Task, position: int | None, reason: str | None) -> dict[str, Any]:
-    return {
-        "id": task.id,
-        "prompt": task.prompt,
-        "status": task.status,
-        "file_path": task.file_path,
-        "error": task.error,
-        "created_at": task.created_at,
-        "updated_at": task.updated_at,
-        "error_code": task.error_code,
-        "model": task.model,
-        "params": task.params,
-        "priority": task.priority,
-        "attempts": task.attempts,
-        "queue_position": position,
-        "waiting_for": reason,
-        "started_at": task.started_at,
-        "finished_at": task.finished_at,
-        "image": _image_json(task),
-        "retried_as": task.retried_as,
-    }
+class Accepted(Answer):
+    """A task that was added."""
+
+    status_code: ClassVar[int] = 202
+
+    id: _Id
+    status: Literal["pending"]
+    message: str
 
 
-def _image_json(task: Task) -> dict[str, Any] | None:
-    if task.status != "completed":
-        return None
-    return {
-        "url": f"/images/{task.id}",
-        "content_type": task.content_type,
-        "bytes": task.bytes,
-        "width": task.width,
-        "height": task.height,
-        "sha256": task.sha256,
-    }
+class Image(Answer):
+    """The facts of a finished picture."""
+
+    url: str
+    content_type: Literal["image/png", "image/jpeg", "image/webp"]
+    bytes: int
+    width: int
+    height: int
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-def queue_json() -> dict[str, Any]:
-    now = time.time()
-    queue = service.database.queue(now)
-    limit = service.config.rate_limit
-    return {
-        "pending": queue.pending,
-        "processing": queue.processing,
-        "paused": queue.paused,
-        "pause_reason": queue.pause_reason,
-        "concurrency": service.config.concurrency,
-        "rate_limit": f"{limit.count}/{limit.seconds:g}" if limit else None,
-        "oldest_pending_seconds": age(queue.oldest_pending, now),
-        "calls_today": queue.calls_today,
-        "held": [
-            {"model": hold.model, "reason": hold.reason, "until": stamp(hold.until)}
-            for hold in queue.holds
-        ],
-        "quota": queue.quota
-        and dict(zip(("total", "used", "remaining"), queue.quota, strict=True)),
-    }
+class Task(Answer):
+    """How a task stands."""
+
+    id: _Id
+    prompt: str
+    status: Status
+    file_path: str | None
+    error: str | None
+    created_at: _Time
+    updated_at: _Time
+    error_code: ErrorCode | None
+    model: str
+    params: dict[str, Any]
+    priority: int
+    attempts: Annotated[int, Field(ge=0, description="those that counted")]
+    queue_position: Annotated[int | None, Field(ge=1, le=POSITIONS, description="1 is next")]
+    waiting_for: str | None
+    started_at: _Time | None
+    finished_at: _Time | None
+    image: Image | None
+    retried_as: str | None
+
+
+class Call(Answer):
+    """One call to Chutes."""
+
+    number: int
+    started: _Time
+    seconds: float | None
+    http_status: int | None
+    outcome: str | None
+    invocation_id: str | None
+
+
+class TaskWithCalls(Task):
+    """How a task stands, and what happened call by call."""
+
+    calls: list[Call]
+
+
+class Tasks(Answer):
+    """A page of tasks, the newest first."""
+
+    tasks: list[Task]
+    next: str | None
+
+
+class Retried(Answer):
+    """How many tasks were added anew."""
+
+    status_code: ClassVar[int] = 202
+
+    retried: Annotated[int, Field(ge=0)]
+
+
+class Hold(Answer):
+    """Why the tasks of a model, or of all (`*`), wait."""
+
+    model: str
+    reason: str
+    until: _Time
+
+
+class Quota(Answer):
+    """Chutes' quota, as it was told last."""
+
+    total: _Number
+    used: _Number
+    remaining: _Number
+
+
+class Queue(Answer):
+    """How the queue stands."""
+
+    pending: int
+    processing: int
+    paused: bool
+    pause_reason: str | None
+    concurrency: int
+    rate_limit: str | None
+    oldest_pending_seconds: int | None
+    calls_today: int
+    held: list[Hold]
+    quota: Quota | None
+
+
+class Health(Answer):
+    """The process lives."""
+
+    status: Literal["ok"]
+
+
+class Ready(Health):
+    """Nothing is wrong."""
+
+    problems: Annotated[list[str], Field(max_length=0)]
+
+
+class Error(BaseModel):
+    """What is wrong, and what to do; other keys may follow."""
+
+    error: str
+
+
+class OpenAIImage(Answer):
+    """A picture in OpenAI's form: either key, as `response_format` says, or as the model does."""
+
+    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
+
+    b64_json: Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})] = ""
+    url: Annotated[str, Field(description="signed, so that it needs no key")] = ""
+
+
+class OpenAIImages(Answer):
+    """The pictures, when all are there."""
+
+    created: int
+    data: Annotated[list[OpenAIImage], Field(min_length=1, max_length=10)]
+
+
+class OpenAIModel(Answer):
+    """A model that may be asked for."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class OpenAIModels(Answer):
+    """Those of MODELS, else the default one and those that have made a picture."""
+
+    object: Literal["list"]
+    data: list[OpenAIModel]
+
+
+class OpenAIErrorBody(Answer):
+    """What is wrong, and what to do; `param` names the field, `code` is a task's error_code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(Answer):
+    """An error in OpenAI's form."""
+
+    error: OpenAIErrorBody
 
 
 def age(created_at: str | None, now: float) -> int | None:
@@ -114,10 +238,10 @@ def waiting_for(
             f"attempt {task.attempts + 1} of {config.max_attempts} "
             f"at {_clock_time(task.not_before, now)}, after: {task.last_error}"
         )
-    most = config.max_per_day
-    if most and queue_view.calls_today >= most:
+    maximum = config.max_per_day
+    if maximum and queue_view.calls_today >= maximum:
         tomorrow = _clock_time(midnight(now) + 86400, now, dated=True)
-        return f"the limit of {most} calls a day (MAX_PER_DAY); next start at {tomorrow}"
+        return f"the limit of {maximum} calls a day (MAX_PER_DAY); next start at {tomorrow}"
     if queue_view.next_start:
         limit = config.rate_limit
         return (

@@ -18,7 +18,7 @@ from prometheus_client.utils import floatToGoString
 from db import Database, DatabaseError
 from outputs import is_low_on_disk
 from records import ERROR_CODES, STATUSES
-from web.answers import age
+from web import answers
 from web.service import service
 
 bp = Blueprint("health", __name__)
@@ -26,14 +26,14 @@ bp = Blueprint("health", __name__)
 
 @bp.get("/healthz")
 def healthz() -> Response:
-    return jsonify(status="ok")
+    return answers.Health(status="ok").response()
 
 
 @bp.get("/readyz")
-def readyz() -> tuple[Response, int, dict[str, str]]:
+def readyz() -> Response | tuple[Response, int, dict[str, str]]:
     problems = list(_problems())
     if not problems:
-        return jsonify(status="ok", problems=[]), 200, {}
+        return answers.Ready(status="ok", problems=[]).response()
     sentence = f"Not ready: {'; '.join(problems)}"
     return jsonify(error=sentence, problems=problems), 503, {"Retry-After": "10"}
 
@@ -87,7 +87,7 @@ class _Numbers(Collector):
         yield GaugeMetricFamily(
             "image_proxy_oldest_pending_seconds",
             "Age of the task that waits longest.",
-            age(queue.oldest_pending, now) or 0,
+            answers.age(queue.oldest_pending, now) or 0,
         )
         yield GaugeMetricFamily(
             "image_proxy_held_models", "Holds of models, or of all.", len(queue.holds)

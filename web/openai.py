@@ -14,7 +14,7 @@ from flask import Blueprint, Response, abort, g, jsonify, request
 
 from outputs import image_path, is_low_on_disk
 from records import Task
-from web import schemas
+from web import answers, schemas
 from web.params import idempotency_key, json_body, patience
 from web.service import service
 
@@ -78,8 +78,10 @@ def generations() -> Response:
 def models() -> Response:
     config, database = service.config, service.database
     names = config.models or dict.fromkeys([config.default_model, *database.models()])
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "chutes"} for name in names]
-    return jsonify(object="list", data=data)
+    data = [
+        answers.OpenAIModel(id=name, object="model", created=0, owned_by="chutes") for name in names
+    ]
+    return answers.OpenAIModels(object="list", data=data).response()
 
 
 @bp.after_app_request
@@ -147,11 +149,11 @@ def _pictures(tasks: list[Task], base: str | None) -> Response:
             return _error(410, "The picture was made, but its file is no longer there")
         if base is None:
             return _in_base64(files, opened.pop_all())
-    urls = [
-        {"url": f"{base}/images/{path.name}?sig={service.signer.sign(task.id)}"}
+    data = [
+        answers.OpenAIImage(url=f"{base}/images/{path.name}?sig={service.signer.sign(task.id)}")
         for task, path in zip(tasks, paths, strict=True)
     ]
-    return jsonify(created=int(time.time()), data=urls)
+    return answers.OpenAIImages(created=int(time.time()), data=data).response()
 
 
 def _wanted() -> schemas.Generations:

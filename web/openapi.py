@@ -1,195 +1,21 @@
 """The API document, OpenAPI 3.1: from the models that validate, and models of the answers."""
 
 import functools
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from flask import Blueprint, Response, jsonify
-from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from config import Config
 from records import ERROR_CODES, STATUSES
+from web import answers
 from web.params import MAX_PAGE, MAX_WAIT
 from web.schemas import OPENAI_MODEL, Generate, Generations
 from web.service import service
 
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
-_TIME = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", description="UTC")]
 _EXAMPLE = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
 _COMPONENT = "#/components/schemas/{model}"
-
-
-class _Answer(BaseModel):
-    # With every key there and no other, so that a difference to the document is a fault.
-    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
-
-
-class Accepted(_Answer):
-    """A task that was added."""
-
-    id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
-    status: Literal["pending"]
-    message: str
-
-
-class Image(_Answer):
-    """The facts of a finished picture."""
-
-    url: str
-    content_type: Literal["image/png", "image/jpeg", "image/webp"]
-    bytes: int
-    width: int
-    height: int
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Task(_Answer):
-    """How a task stands."""
-
-    id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
-    prompt: str
-    status: Literal[STATUSES]
-    file_path: str | None
-    error: str | None
-    created_at: _TIME
-    updated_at: _TIME
-    error_code: Literal[ERROR_CODES] | None
-    model: str
-    params: dict[str, Any]
-    priority: int
-    attempts: Annotated[int, Field(ge=0, description="those that counted")]
-    queue_position: Annotated[int | None, Field(ge=1, le=1000, description="1 is next")]
-    waiting_for: str | None
-    started_at: _TIME | None
-    finished_at: _TIME | None
-    image: Image | None
-    retried_as: str | None
-
-
-class Call(_Answer):
-    """One call to Chutes."""
-
-    number: int
-    started: _TIME
-    seconds: float | None
-    http_status: int | None
-    outcome: str | None
-    invocation_id: str | None
-
-
-class TaskWithCalls(Task):
-    """How a task stands, and what happened call by call."""
-
-    calls: list[Call]
-
-
-class Tasks(_Answer):
-    """A page of tasks, the newest first."""
-
-    tasks: list[Task]
-    next: str | None
-
-
-class Retried(_Answer):
-    """How many tasks were added anew."""
-
-    retried: Annotated[int, Field(ge=0)]
-
-
-class Hold(_Answer):
-    """Why the tasks of a model, or of all (`*`), wait."""
-
-    model: str
-    reason: str
-    until: _TIME
-
-
-class Quota(_Answer):
-    """Chutes' quota, as it was told last."""
-
-    total: float
-    used: float
-    remaining: float
-
-
-class Queue(_Answer):
-    """How the queue stands."""
-
-    pending: int
-    processing: int
-    paused: bool
-    pause_reason: str | None
-    concurrency: int
-    rate_limit: str | None
-    oldest_pending_seconds: int | None
-    calls_today: int
-    held: list[Hold]
-    quota: Quota | None
-
-
-class Health(_Answer):
-    """The process lives."""
-
-    status: Literal["ok"]
-
-
-class Ready(Health):
-    """Nothing is wrong."""
-
-    problems: Annotated[list[str], Field(max_length=0)]
-
-
-class Error(BaseModel):
-    """What is wrong, and what to do; other keys may follow."""
-
-    error: str
-
-
-class Picture(_Answer):
-    """A picture in OpenAI's form: either key, as `response_format` says, or as the model does."""
-
-    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
-
-    b64_json: Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})] = ""
-    url: Annotated[str, Field(description="signed, so that it needs no key")] = ""
-
-
-class Pictures(_Answer):
-    """The pictures, when all are there."""
-
-    created: int
-    data: Annotated[list[Picture], Field(min_length=1, max_length=10)]
-
-
-class Model(_Answer):
-    """A model that may be asked for."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class Models(_Answer):
-    """Those of MODELS, else the default one and those that have made a picture."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Fault(_Answer):
-    """What is wrong, and what to do; `param` names the field, `code` is a task's error_code."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class OpenAIError(_Answer):
-    """An error in OpenAI's form."""
-
-    error: Fault
 
 
 # What answers of a status tell beside their body.
@@ -205,8 +31,9 @@ _HEADERS = {
     "507": {"Retry-After": "seconds"},
 }
 _MODELS = (
-    *(Accepted, Task, TaskWithCalls, Tasks, Retried, Queue, Health, Ready, Error),
-    *(Pictures, Models, OpenAIError),
+    *(answers.Accepted, answers.Task, answers.TaskWithCalls, answers.Tasks, answers.Retried),
+    *(answers.Queue, answers.Health, answers.Ready, answers.Error),
+    *(answers.OpenAIImages, answers.OpenAIModels, answers.OpenAIError),
 )
 
 _ERRORS = {
@@ -405,7 +232,7 @@ def paths() -> dict[str, Any]:
             "post": _operation(
                 "generations",
                 "Make pictures, and wait for them, as OpenAI's API does",
-                _replayable(_json(200, "The pictures", "Pictures")),
+                _replayable(_json(200, "The pictures", "OpenAIImages")),
                 [_idempotency_key()],
                 (400, 409, 410, 413, 415, 422, 429, 500, 502, 504, 507),
                 body=("Generations", {"prompt": "a red fox", "size": "1024x768", "n": 2}),
@@ -416,7 +243,7 @@ def paths() -> dict[str, Any]:
             "get": _operation(
                 "models",
                 "List the models, as OpenAI's API does",
-                _json(200, "The models", "Models"),
+                _json(200, "The models", "OpenAIModels"),
                 error_model="OpenAIError",
             )
         },

@@ -6,12 +6,13 @@ from urllib.parse import urlencode
 
 from flask import Blueprint, Response, abort, g, jsonify, request
 
+from db import POSITIONS, stamp
 from outputs import is_low_on_disk
 from records import ERROR_CODES, LowOnDisk, QueueFull, Task
-from web import schemas
-from web.answers import queue_json, tasks_json
+from web import answers, schemas
 from web.params import idempotency_key, json_body, known, listing, only, wait_seconds
 from web.service import service
+from worker import rate_limit
 
 # A call that is cut ends well within this time.
 _CANCEL_SECONDS = 1.0
@@ -22,7 +23,7 @@ bp = Blueprint("tasks", __name__)
 
 
 @bp.post("/generate")
-def generate() -> Answer:
+def generate() -> Response:
     config = service.config
     try:
         wanted = schemas.parse_generate(
@@ -38,33 +39,30 @@ def generate() -> Answer:
         idempotency_key(wanted.model_dump_json()),
         is_low_on_disk(config),
     )
-    answer, status, headers = _accepted(task_id)
-    if task_id != new.id:
-        headers["Idempotent-Replayed"] = "true"
-    return answer, status, headers
+    return _accepted(task_id, is_replay=task_id != new.id)
 
 
 @bp.get("/status/<task_id>")
 def status(task_id: str) -> Response:
-    return _shown(known(task_id, wait_seconds()))
+    return _shown(known(task_id, wait_seconds())).response()
 
 
 @bp.get("/tasks")
-def newest() -> Answer:
+def list_tasks() -> Response:
     wanted = listing()
     found = service.database.list_tasks(*wanted)
     limit = wanted[-1]
     more = len(found) == limit and service.database.list_tasks(*wanted[:2], found[-1].seq, 1)
     following = _page_after(found[-1]) if more else None
     headers = {"Link": f'<{following}>; rel="next"'} if following else {}
-    return jsonify(tasks=tasks_json(found), next=following), 200, headers
+    return answers.Tasks(tasks=_all_shown(found), next=following).response(headers)
 
 
 @bp.get("/tasks/<task_id>")
-def one(task_id: str) -> Response:
+def get_task(task_id: str) -> Response:
     task = known(task_id, wait_seconds())
-    calls = [vars(call) for call in service.database.calls(task.id)]
-    return jsonify(**tasks_json([task])[0], calls=calls)
+    calls = [answers.Call.of(call) for call in service.database.calls(task.id)]
+    return answers.TaskWithCalls.of(_shown(task), calls=calls).response()
 
 
 @bp.post("/tasks/<task_id>/cancel")
@@ -72,11 +70,11 @@ def cancel(task_id: str) -> Response:
     known(task_id)
     service.worker.cancel(task_id)
     service.worker.waiters.wait(task_id, _CANCEL_SECONDS, force=True)
-    return _shown(known(task_id))
+    return _shown(known(task_id)).response()
 
 
 @bp.post("/tasks/<task_id>/retry")
-def retry(task_id: str) -> Answer:
+def retry(task_id: str) -> Answer | Response:
     task = known(task_id)
     if fault := schemas.model_not_allowed(task.model, service.config.models):
         abort(400, fault)
@@ -88,7 +86,7 @@ def retry(task_id: str) -> Answer:
 
 
 @bp.post("/tasks/retry")
-def retry_failed() -> tuple[Response, int]:
+def retry_failed() -> Response:
     only("error_code")
     code = request.args.get("error_code") or None
     if code and code not in ERROR_CODES:
@@ -96,7 +94,7 @@ def retry_failed() -> tuple[Response, int]:
     _check_disk()
     retried = _retry_failed(code)
     service.worker.wake()
-    return jsonify(retried=retried), 202
+    return answers.Retried(retried=retried).response()
 
 
 @bp.delete("/tasks/<task_id>")
@@ -109,20 +107,20 @@ def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
 
 @bp.get("/queue")
 def queue() -> Response:
-    return jsonify(queue_json())
+    return _queue().response()
 
 
 @bp.post("/queue/pause")
 def pause() -> Response:
     service.database.pause()
-    return jsonify(queue_json())
+    return _queue().response()
 
 
 @bp.post("/queue/resume")
 def resume() -> Response:
     service.database.resume()
     service.worker.wake()
-    return jsonify(queue_json())
+    return _queue().response()
 
 
 def _retry_failed(code: str | None) -> int:
@@ -152,15 +150,59 @@ def _check_disk() -> None:
         raise LowOnDisk
 
 
-def _accepted(task_id: str) -> Answer:
+def _accepted(task_id: str, is_replay: bool = False) -> Response:
     service.worker.wake()
     g.task = task_id
-    answer = jsonify(id=task_id, status="pending", message="Task queued successfully")
-    return answer, 202, {"Location": f"/status/{task_id}"}
+    headers = {"Location": f"/status/{task_id}"}
+    if is_replay:
+        headers["Idempotent-Replayed"] = "true"
+    message = "Task queued successfully"
+    return answers.Accepted(id=task_id, status="pending", message=message).response(headers)
 
 
-def _shown(task: Task) -> Response:
-    return jsonify(tasks_json([task])[0])
+def _shown(task: Task) -> answers.Task:
+    return _all_shown([task])[0]
+
+
+def _all_shown(tasks: list[Task]) -> list[answers.Task]:
+    """Show tasks; what the pending ones wait for is read at one instant for all."""
+    pending = [task for task in tasks if task.status == "pending"]
+    waits = _waits(pending) if pending else {}
+    return [_show(task, *waits.get(task.id, (None, None))) for task in tasks]
+
+
+def _show(task: Task, position: int | None, reason: str | None) -> answers.Task:
+    is_made = task.status == "completed"
+    image = answers.Image.of(task, url=f"/images/{task.id}") if is_made else None
+    return answers.Task.of(task, queue_position=position, waiting_for=reason, image=image)
+
+
+def _waits(pending: list[Task]) -> dict[str, tuple[int | None, str | None]]:
+    """Return the place of each pending task, and the words for what it waits for."""
+    config, now, is_low = service.config, time.time(), is_low_on_disk(service.config)
+    queue_views = service.database.queue_views(pending, rate_limit(config), now, config.max_per_day)
+    return {
+        task.id: (
+            queue_view.ahead + 1 if queue_view.ahead < POSITIONS else None,
+            answers.waiting_for(task, queue_view, config, now, is_low),
+        )
+        for task, queue_view in zip(pending, queue_views, strict=True)
+    }
+
+
+def _queue() -> answers.Queue:
+    now, limit = time.time(), service.config.rate_limit
+    queue = service.database.queue(now)
+    total, used, remaining = queue.quota or (0, 0, 0)
+    quota = answers.Quota(total=total, used=used, remaining=remaining) if queue.quota else None
+    return answers.Queue.of(
+        queue,
+        concurrency=service.config.concurrency,
+        rate_limit=f"{limit.count}/{limit.seconds:g}" if limit else None,
+        oldest_pending_seconds=answers.age(queue.oldest_pending, now),
+        held=[answers.Hold.of(hold, until=stamp(hold.until)) for hold in queue.holds],
+        quota=quota,
+    )
 
 
 def _page_after(last: Task) -> str:
