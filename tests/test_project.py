@@ -45,7 +45,7 @@ ONLY = {
     "urllib3": {"chutes"},
     "PIL": {"images"},
     "prometheus_client": {"web.health"},
-    "pydantic": {"config", "web.answers", "web.openapi", "web.schemas"},
+    "pydantic": {"config", "web.answers", "web.openapi", "web.params", "web.schemas"},
     "dotenv": {"config"},
 }
 

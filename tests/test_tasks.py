@@ -88,9 +88,12 @@ def test_a_listed_task_is_as_its_status(client):
         ("limit=0", "1 to 200"),
         ("limit=201", "1 to 200"),
         ("limit=ten", "1 to 200"),
+        *((f"limit={text}", "1 to 200") for text in ("", "%2B1", "%201", "1.0", "1_0", "%D9%A3")),
         ("before=x", "next"),
         ("before=-1", "next"),
+        ("before=", "next"),
         ("before=" + "9" * 30, "next"),
+        ("before=1" + "0" * 18, "next"),
         ("state=failed", "status, model, limit, before"),
     ],
 )
@@ -98,6 +101,12 @@ def test_a_bad_list_is_refused_by_name(client, query, words):
     answer = client.get(f"/tasks?{query}")
     assert answer.status_code == 400
     assert words in answer.json["error"]
+
+
+def test_the_first_of_two_parameters_of_one_name_counts(client):
+    ids = [submit(client) for _ in range(2)]
+    answer = client.get("/tasks?limit=1&limit=none&before=" + "9" * 18)
+    assert [task["id"] for task in answer.json["tasks"]] == ids[1:]
 
 
 # One task with its calls

@@ -12,7 +12,7 @@ import outputs
 from images import ImageError
 from outputs import image_path, thumbnail_path
 from records import Task
-from web.params import known, wait_seconds
+from web.params import ImageQuery, get_task_or_404, query
 from web.service import service
 
 # What a client is told to wait: one that has waited may ask at once, one that wanted to
@@ -28,7 +28,7 @@ bp = Blueprint("images", __name__)
 @bp.get("/images/<name>")
 def image(name: str) -> Response:
     task_id, dot, extension = name.partition(".")
-    task = known(task_id, wait_seconds())
+    task = get_task_or_404(task_id, query(ImageQuery).wait)
     if task.status != "completed":
         return _not_yet_or_never(task)
     path = image_path(service.config, task)
@@ -39,7 +39,7 @@ def image(name: str) -> Response:
 
 @bp.get("/images/<task_id>/thumbnail")
 def thumbnail(task_id: str) -> Response:
-    task = known(task_id)
+    task = get_task_or_404(task_id)
     if task.status != "completed":
         return _not_yet_or_never(task)
     original = image_path(service.config, task)

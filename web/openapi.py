@@ -4,12 +4,12 @@ import functools
 from typing import Any
 
 from flask import Blueprint, Response, jsonify
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from config import Config
-from records import ERROR_CODES, STATUSES
 from web import answers
-from web.params import MAX_PAGE, MAX_WAIT
+from web.params import ImageQuery, RetryQuery, TasksQuery, Wait
 from web.schemas import OPENAI_MODEL, Generate, Generations
 from web.service import service
 
@@ -125,7 +125,7 @@ def _any_model(config: Config) -> dict[str, Any]:
 def paths() -> dict[str, Any]:
     """Return the operations of every route, by path and method."""
     task_id = _path("id", "the task's id")
-    wait = _query("wait", {"type": "integer", "minimum": 1, "maximum": MAX_WAIT}, "seconds")
+    wait = _query(Wait)
     after = {
         "status": _link("status", "the task"),
         "task": _link("task", "the task, with its calls"),
@@ -134,8 +134,6 @@ def paths() -> dict[str, Any]:
     }
     added = _json(202, "The task is on disk; Location names its status", "Accepted", after)
     one = _json(200, "The task", "Task")
-    before = {"type": "integer", "minimum": 1, "maximum": 10**18}
-    codes = {"type": "string", "enum": [*ERROR_CODES, ""]}
     queue = _json(200, "How the queue stands", "Queue")
     return {
         "/generate": {
@@ -149,19 +147,14 @@ def paths() -> dict[str, Any]:
             )
         },
         "/status/{id}": {
-            "get": _operation("status", "Look at a task", one, [task_id, wait], (400, 404))
+            "get": _operation("status", "Look at a task", one, [task_id, *wait], (400, 404))
         },
         "/tasks": {
             "get": _operation(
                 "tasks",
                 "List tasks, the newest first",
                 _page(),
-                [
-                    _query("status", {"type": "string", "enum": list(STATUSES)}, ""),
-                    _query("model", {"type": "string"}, ""),
-                    _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_PAGE}, ""),
-                    _query("before", before, "as `next` gave it"),
-                ],
+                _query(TasksQuery),
                 (400,),
             )
         },
@@ -170,7 +163,7 @@ def paths() -> dict[str, Any]:
                 "task",
                 "Look at a task and its calls",
                 _json(200, "The task", "TaskWithCalls"),
-                [task_id, wait],
+                [task_id, *wait],
                 (400, 404),
             ),
             "delete": _operation(
@@ -196,9 +189,9 @@ def paths() -> dict[str, Any]:
         "/tasks/retry": {
             "post": _operation(
                 "retryFailed",
-                "Retry all that failed and were not retried yet",
+                "Retry all that failed and were not retried yet; with `error_code`, only those",
                 _json(202, "How many", "Retried"),
-                [_query("error_code", codes, "only those")],
+                _query(RetryQuery),
                 (400, 429, 507),
             )
         },
@@ -207,12 +200,7 @@ def paths() -> dict[str, Any]:
                 "image",
                 "Fetch the picture; /images/{id}.png, or what its ending is, is the same",
                 _picture("image/png", "image/jpeg", "image/webp"),
-                [
-                    task_id,
-                    wait,
-                    _query("sig", {"type": "string"}, "in place of a key"),
-                    *_of_a_file(),
-                ],
+                [task_id, *_query(ImageQuery), *_of_a_file()],
                 (400, 404, 409, 410, 416, 503),
             )
         },
@@ -379,8 +367,20 @@ def _path(name: str, description: str) -> dict[str, Any]:
     }
 
 
-def _query(name: str, schema: dict[str, Any], description: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "schema": schema, "description": description}
+def _query(model: type[BaseModel]) -> list[dict[str, Any]]:
+    """Return the parameters that a model of a query reads."""
+    parameters = []
+    for name, schema in model.model_json_schema()["properties"].items():
+        del schema["title"]
+        # A default of nothing means that it is not there; what is there is never null.
+        if not schema["default"]:
+            del schema["default"]
+            schema |= schema.pop("anyOf", [{}])[0]
+        description = schema.pop("description", "")
+        parameters.append(
+            {"name": name, "in": "query", "schema": schema, "description": description}
+        )
+    return parameters
 
 
 def _of_a_file() -> list[dict[str, Any]]:

@@ -2,23 +2,72 @@
 
 import hashlib
 import re
+from typing import Annotated, Any, Literal, TypeVar
 
 from flask import abort, g, request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
 
-from records import STATUSES, IdempotencyKey, Task
+from records import ERROR_CODES, STATUSES, ErrorCode, IdempotencyKey, Status, Task
 from web.service import service
 
 MAX_BODY = 1024 * 1024
-_PAGE = 50
-MAX_PAGE = 200
-MAX_WAIT = 60
 # curl declares a form for `-d`, whatever it sends.
 _FORM = "application/x-www-form-urlencoded"
 # A client that tells its own patience is answered so long before it ends, in seconds.
 _MARGIN = 2.0
 # The official client for JavaScript tells whole seconds: a patience of 0 is less than one.
-_LEAST_PATIENCE = 0.5
+_MIN_PATIENCE = 0.5
+
+
+def _digits(text: str) -> int:
+    """Read ASCII digits alone: pydantic takes "+1", " 1" and "1.0", too."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise ValueError
+    return int(text)
+
+
+def _integer(minimum: int, maximum: int, rule: str = "") -> tuple[Any, ...]:
+    rule = rule or f"an integer from {minimum} to {maximum}"
+    return Field(ge=minimum, le=maximum, description=rule), BeforeValidator(_digits)
+
+
+def _one_of(words: tuple[str, ...]) -> Any:
+    return Field(description=f"one of {', '.join(words)}")
+
+
+class Wait(BaseModel):
+    """How long an answer may wait for the end of the task; other parameters are ignored."""
+
+    wait: Annotated[int, *_integer(1, 60, "an integer from 1 to 60, in seconds")] = 0
+
+
+class ImageQuery(Wait):
+    """The query of an image."""
+
+    sig: Annotated[str, Field(description="in place of a key")] = ""
+
+
+class TasksQuery(BaseModel):
+    """Which tasks to list; an unknown parameter would widen the list in silence."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: Annotated[Status | None, _one_of(STATUSES)] = None
+    model: str | None = None
+    limit: Annotated[int, *_integer(1, 200)] = 50
+    before: Annotated[int | None, *_integer(1, 10**18 - 1, "as `next` gave it")] = None
+
+
+class RetryQuery(BaseModel):
+    """Which of the tasks that failed to retry; all, where the code is empty."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    error_code: Annotated[Literal[ErrorCode, ""], _one_of(ERROR_CODES)] = ""
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def json_body() -> bytes:
@@ -41,48 +90,39 @@ def json_body() -> bytes:
     return body
 
 
-def idempotency_key(request_told: str) -> IdempotencyKey | None:
-    """Return the key that came with the request (which is told in full), or None, or answer 400."""
+def idempotency_key(canonical_input: str) -> IdempotencyKey | None:
+    """Return the key that came with this input, or None, or answer 400."""
     text = request.headers.get("Idempotency-Key")
     if text is None:
         return None
     if not re.fullmatch(r"[\x20-\x7e]{1,255}", text):
         abort(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
-    fingerprint = hashlib.sha256(request_told.encode()).hexdigest()
+    fingerprint = hashlib.sha256(canonical_input.encode()).hexdigest()
     return IdempotencyKey(g.client, text, fingerprint)
 
 
-def known(task_id: str, seconds: int = 0) -> Task:
-    """Return the task, after a wait for its end, or answer 404."""
+def get_task_or_404(task_id: str, wait: int = 0) -> Task:
+    """Return the task, after so many seconds of waiting for its end, or answer 404."""
     g.task = task_id[:100]
-    g.waited = bool(seconds) and service.worker.waiters.wait(task_id, seconds)
+    g.waited = bool(wait) and service.worker.waiters.wait(task_id, wait)
     task = service.database.get(task_id)
     if task is None:
         abort(404, "Task not found")
     return task
 
 
-def wait_seconds() -> int:
-    """Return the seconds of `?wait=`, 0 where there is none, or answer 400."""
-    value = request.args.get("wait", "0")
-    if "wait" in request.args and not _is_within(value, 1, MAX_WAIT):
-        abort(400, f"wait must be an integer from 1 to {MAX_WAIT}, in seconds")
-    return int(value)
-
-
-def listing() -> tuple[str | None, str | None, int | None, int]:
-    """Return status, model, before and limit as asked for, or answer 400."""
-    only("status", "model", "limit", "before")
-    status = request.args.get("status")
-    if status is not None and status not in STATUSES:
-        abort(400, f"status must be one of {', '.join(STATUSES)}")
-    limit = request.args.get("limit", str(_PAGE))
-    if not _is_within(limit, 1, MAX_PAGE):
-        abort(400, f"limit must be an integer from 1 to {MAX_PAGE}")
-    before = request.args.get("before")
-    if before is not None and not _is_within(before, 1, 10**18):
-        abort(400, "before must be as `next` gave it")
-    return status, request.args.get("model"), before and int(before), int(limit)
+def query(model: type[_Model]) -> _Model:
+    """Return the parameters of the query as the model has them, or answer 400."""
+    try:
+        return model.model_validate(request.args.to_dict())
+    except ValidationError as error:
+        violations = error.errors(include_url=False)
+    unknown = [found for found in violations if found["type"] == "extra_forbidden"]
+    name = str((unknown or violations)[0]["loc"][0])
+    if unknown:
+        there_are = ", ".join(model.model_fields)
+        abort(400, f"{name[:50]!a} is not a parameter here; there are {there_are}")
+    abort(400, f"{name} must be {model.model_fields[name].description}")
 
 
 def patience() -> float:
@@ -96,17 +136,6 @@ def patience() -> float:
         except ValueError:
             continue
         if theirs >= 0:
-            theirs = max(theirs, _LEAST_PATIENCE)
+            theirs = max(theirs, _MIN_PATIENCE)
             return min(service.config.openai_wait, theirs - min(_MARGIN, theirs / 2))
     return service.config.openai_wait
-
-
-def only(*names: str) -> None:
-    """Answer 400 where the query has another name: it would be ignored in silence."""
-    for name in request.args:
-        if name not in names:
-            abort(400, f"{name[:50]!a} is not a parameter here; there are {', '.join(names)}")
-
-
-def _is_within(text: str, least: int, most: int) -> bool:
-    return bool(re.fullmatch(r"[0-9]{1,18}", text)) and least <= int(text) <= most

@@ -1,5 +1,6 @@
 """The routes of tasks and of the queue: submit, look, cancel, retry, delete, pause."""
 
+import functools
 import time
 import uuid
 from urllib.parse import urlencode
@@ -8,9 +9,17 @@ from flask import Blueprint, Response, abort, g, jsonify, request
 
 from db import POSITIONS, stamp
 from outputs import is_low_on_disk
-from records import ERROR_CODES, LowOnDisk, QueueFull, Task
+from records import LowOnDisk, QueueFull, Task
 from web import answers, schemas
-from web.params import idempotency_key, json_body, known, listing, only, wait_seconds
+from web.params import (
+    RetryQuery,
+    TasksQuery,
+    Wait,
+    get_task_or_404,
+    idempotency_key,
+    json_body,
+    query,
+)
 from web.service import service
 from worker import rate_limit
 
@@ -44,15 +53,15 @@ def generate() -> Response:
 
 @bp.get("/status/<task_id>")
 def status(task_id: str) -> Response:
-    return _shown(known(task_id, wait_seconds())).response()
+    return _shown(get_task_or_404(task_id, query(Wait).wait)).response()
 
 
 @bp.get("/tasks")
 def list_tasks() -> Response:
-    wanted = listing()
-    found = service.database.list_tasks(*wanted)
-    limit = wanted[-1]
-    more = len(found) == limit and service.database.list_tasks(*wanted[:2], found[-1].seq, 1)
+    wanted = query(TasksQuery)
+    newest = functools.partial(service.database.newest, wanted.status, wanted.model)
+    found = newest(wanted.before, wanted.limit)
+    more = len(found) == wanted.limit and newest(found[-1].seq, 1)
     following = _page_after(found[-1]) if more else None
     headers = {"Link": f'<{following}>; rel="next"'} if following else {}
     return answers.Tasks(tasks=_all_shown(found), next=following).response(headers)
@@ -60,48 +69,45 @@ def list_tasks() -> Response:
 
 @bp.get("/tasks/<task_id>")
 def get_task(task_id: str) -> Response:
-    task = known(task_id, wait_seconds())
+    task = get_task_or_404(task_id, query(Wait).wait)
     calls = [answers.Call.of(call) for call in service.database.calls(task.id)]
     return answers.TaskWithCalls.of(_shown(task), calls=calls).response()
 
 
 @bp.post("/tasks/<task_id>/cancel")
 def cancel(task_id: str) -> Response:
-    known(task_id)
+    get_task_or_404(task_id)
     service.worker.cancel(task_id)
     service.worker.waiters.wait(task_id, _CANCEL_SECONDS, force=True)
-    return _shown(known(task_id)).response()
+    return _shown(get_task_or_404(task_id)).response()
 
 
 @bp.post("/tasks/<task_id>/retry")
 def retry(task_id: str) -> Answer | Response:
-    task = known(task_id)
+    task = get_task_or_404(task_id)
     if fault := schemas.model_not_allowed(task.model, service.config.models):
         abort(400, fault)
     _check_disk()
     new_id = str(uuid.uuid4())
     if not service.database.retry(task.id, new_id, time.time(), service.config.max_pending):
-        return _conflict(known(task_id), "has not ended yet; cancel it first, or wait")
+        return _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
     return _accepted(new_id)
 
 
 @bp.post("/tasks/retry")
 def retry_failed() -> Response:
-    only("error_code")
-    code = request.args.get("error_code") or None
-    if code and code not in ERROR_CODES:
-        abort(400, f"error_code must be one of {', '.join(ERROR_CODES)}")
+    wanted = query(RetryQuery)
     _check_disk()
-    retried = _retry_failed(code)
+    retried = _retry_failed(wanted.error_code or None)
     service.worker.wake()
     return answers.Retried(retried=retried).response()
 
 
 @bp.delete("/tasks/<task_id>")
 def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
-    task = known(task_id)
+    task = get_task_or_404(task_id)
     if not service.worker.delete(task):
-        return _conflict(known(task_id), "is processing; cancel it first")
+        return _conflict(get_task_or_404(task_id), "is processing; cancel it first")
     return "", 204, {}
 
 
