@@ -56,7 +56,7 @@ def create_app(config: Config) -> Flask:
         app.wsgi_app = ProxyFix(app.wsgi_app, x_for=most, x_proto=most, x_host=most)
     app.before_request(_begin)
     app.after_request(_note)
-    errors.register(app)
+    errors.register(app, config)
     for module in (tasks, openapi, page, health, images, openai):
         app.register_blueprint(module.bp)
     return app
@@ -115,9 +115,9 @@ def _begin() -> None:
     # Who has a signed address was given it for this image, and may show it anywhere.
     if request.path == "/healthz" or access.is_signed(service.signer):
         return
-    access.check_page(config)
+    access.check_origin(config)
     if request.blueprint != "page":
-        g.client = access.check_key(config)
+        g.client = access.authenticate(config)
 
 
 def _note(response: Response) -> Response:

@@ -878,6 +878,7 @@ def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path, form):
     answer = client.post("/v1/images/generations", json=body, headers=headers)
     assert answer.status_code == 410
     assert "no longer there" in answer.json["error"]["message"]
+    assert answer.headers["Idempotent-Replayed"] == "true"
 
 
 def test_a_task_that_was_deleted_is_said_to_be(serve):

@@ -10,11 +10,10 @@ import uuid
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from flask import abort, request
-from werkzeug.datastructures import WWWAuthenticate
-from werkzeug.exceptions import Unauthorized
+from flask import request
 
 from config import Config, ConfigError, is_loopback
+from web.errors import Refusal
 
 _SECRET_BYTES = 32
 
@@ -40,7 +39,7 @@ class Signer:
         return hmac.new(self._secret, f"image {task_id}".encode(), "sha256").hexdigest()
 
     def has_signed(self, task_id: str, signature: str) -> bool:
-        """Tell, in constant time, whether the signature is the one for this image."""
+        """Return, in constant time, whether the signature is the one for this image."""
         return hmac.compare_digest(self.sign(task_id).encode(), _bytes(signature))
 
 
@@ -65,34 +64,34 @@ def request_id(config: Config) -> str:
     return given if is_plain else str(uuid.uuid4())
 
 
-def check_page(config: Config) -> None:
+def check_origin(config: Config) -> None:
     """Refuse with 403 what a page of another site has a browser ask for.
 
     Any page may post a form to a server on loopback, and with a name that it points
     there afterwards (DNS rebinding) read the answers.
     """
     if request.headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
-        abort(
+        raise Refusal(
             403,
             "A page of another site asks for this; use the server under its own address, "
             "and set PUBLIC_URL to that",
         )
     origin = request.headers.get("Origin")
     if origin is not None and origin.lower() not in _own_origins(config):
-        abort(
+        raise Refusal(
             403,
             f"The page that asks for this is of another site ({origin[:100]!a}); "
             "if it is this server's own, set PUBLIC_URL to its address",
         )
     if not config.api_keys and not config.allow_anonymous and not _is_own_host(config):
-        abort(
+        raise Refusal(
             403,
             f"This server is not known as {request.host[:100]!a}; set PUBLIC_URL to the "
             "address that clients use, or API_KEYS (or ALLOW_ANONYMOUS=1) to allow any name",
         )
 
 
-def check_key(config: Config) -> str:
+def authenticate(config: Config) -> str:
     """Return a name for the holder of the key, which tells nothing of it.
 
     Refuses with 401 a request without one of API_KEYS, where there are any.
@@ -111,9 +110,10 @@ def check_key(config: Config) -> str:
         if hmac.compare_digest(_bytes(one), key.encode())
     ]
     if not matches:
-        raise Unauthorized(
+        raise Refusal(
+            401,
             "A key is needed: send Authorization: Bearer <key>, or X-API-Key: <key>",
-            www_authenticate=WWWAuthenticate("bearer"),
+            {"WWW-Authenticate": "Bearer"},
         )
     return hashlib.sha256(matches[0].encode()).hexdigest()[:16]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from flask import Response
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+import records
 from config import Config
 from db import POSITIONS, midnight
 from records import ALL_MODELS, ErrorCode, QueueView, Status
@@ -31,10 +32,12 @@ class Answer(BaseModel):
         """
         return cls.model_construct(**{**vars(record), **more})
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def response(
+        self, headers: Mapping[str, str] | None = None, status: int | None = None
+    ) -> Response:
         """Return the keys that were given, as one line."""
         text = self.model_dump_json(exclude_unset=True, warnings=False) + "\n"
-        return Response(text, self.status_code, headers, content_type="application/json")
+        return Response(text, status or self.status_code, headers, content_type="application/json")
 
 
 class Accepted(Answer):
@@ -156,8 +159,10 @@ class Ready(Health):
     problems: Annotated[list[str], Field(max_length=0)]
 
 
-class Error(BaseModel):
+class Error(Answer):
     """What is wrong, and what to do; other keys may follow."""
+
+    model_config = ConfigDict(extra="allow")
 
     error: str
 
@@ -218,7 +223,7 @@ def age(created_at: str | None, now: float) -> int | None:
 
 
 def waiting_for(
-    task: Task, queue_view: QueueView, config: Config, now: float, low_on_disk: bool = False
+    task: records.Task, queue_view: QueueView, config: Config, now: float, low_on_disk: bool = False
 ) -> str:
     """Say what a pending task waits for: the first thing that would have to change."""
     if queue_view.paused:
@@ -242,8 +247,8 @@ def waiting_for(
     if maximum and queue_view.calls_today >= maximum:
         tomorrow = _clock_time(midnight(now) + 86400, now, dated=True)
         return f"the limit of {maximum} calls a day (MAX_PER_DAY); next start at {tomorrow}"
-    if queue_view.next_start:
-        limit = config.rate_limit
+    limit = config.rate_limit
+    if limit and queue_view.next_start:
         return (
             f"the rate limit of {limit.count} in {limit.seconds:g} s; "
             f"next start at {_clock_time(queue_view.next_start, now)}"

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from flask import Blueprint, Response, jsonify
+from flask import Blueprint, Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -19,6 +19,7 @@ from db import Database, DatabaseError
 from outputs import is_low_on_disk
 from records import ERROR_CODES, STATUSES
 from web import answers
+from web.errors import Refusal
 from web.service import service
 
 bp = Blueprint("health", __name__)
@@ -30,12 +31,11 @@ def healthz() -> Response:
 
 
 @bp.get("/readyz")
-def readyz() -> Response | tuple[Response, int, dict[str, str]]:
-    problems = list(_problems())
-    if not problems:
-        return answers.Ready(status="ok", problems=[]).response()
-    sentence = f"Not ready: {'; '.join(problems)}"
-    return jsonify(error=sentence, problems=problems), 503, {"Retry-After": "10"}
+def readyz() -> Response:
+    if problems := list(_problems()):
+        sentence = f"Not ready: {'; '.join(problems)}"
+        raise Refusal(503, sentence, {"Retry-After": "10"}, problems=problems)
+    return answers.Ready(status="ok", problems=[]).response()
 
 
 @bp.get("/metrics")

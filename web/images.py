@@ -6,12 +6,13 @@ import logging
 import re
 from pathlib import Path
 
-from flask import Blueprint, Response, abort, g, jsonify, request, send_file
+from flask import Blueprint, Response, g, request, send_file
 
 import outputs
 from images import ImageError
 from outputs import image_path, thumbnail_path
 from records import Task
+from web.errors import Refusal
 from web.params import ImageQuery, get_task_or_404, query
 from web.service import service
 
@@ -30,10 +31,10 @@ def image(name: str) -> Response:
     task_id, dot, extension = name.partition(".")
     task = get_task_or_404(task_id, query(ImageQuery).wait)
     if task.status != "completed":
-        return _not_yet_or_never(task)
+        raise _not_yet_or_never(task)
     path = image_path(service.config, task)
     if dot and path.suffix != f".{extension}":
-        abort(404, f"The picture of this task is {path.name}")
+        raise Refusal(404, f"The picture of this task is {path.name}")
     return _send(path, task, path, task.content_type, task.sha256)
 
 
@@ -41,15 +42,15 @@ def image(name: str) -> Response:
 def thumbnail(task_id: str) -> Response:
     task = get_task_or_404(task_id)
     if task.status != "completed":
-        return _not_yet_or_never(task)
+        raise _not_yet_or_never(task)
     original = image_path(service.config, task)
     if not original.exists():
-        return _gone(task)
+        raise _gone(task)
     kept = thumbnail_path(service.config, task.id)
     try:
         data = _kept(kept) or service.decoder.thumbnail(original)
-    except (ImageError, FileNotFoundError):
-        return _gone(task)
+    except (ImageError, FileNotFoundError) as error:
+        raise _gone(task) from error
     if not kept.exists():
         _keep(kept, data)
         if service.database.get(task.id) is None:
@@ -83,8 +84,8 @@ def _send(
         if part:
             request.environ["HTTP_RANGE"] = part
         response = send_file(file, content_type, conditional=True, etag=etag)
-    except FileNotFoundError:
-        return _gone(task)
+    except FileNotFoundError as error:
+        raise _gone(task) from error
     response.headers["Content-Disposition"] = f'inline; filename="{name.name}"'
     response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
     response.headers["X-Content-Type-Options"] = "nosniff"
@@ -106,19 +107,12 @@ def _part_asked_for(size: int) -> str | None:
     return None if last and int(first) > int(last) else found[0]
 
 
-def _not_yet_or_never(task: Task) -> Response:
+def _not_yet_or_never(task: Task) -> Refusal:
     if task.status == "failed":
-        answer = jsonify(
-            error=f"The task has failed: {task.error}",
-            status=task.status,
-            error_code=task.error_code,
-        )
-        answer.status_code = 409
-        return answer
-    answer = jsonify(error=f"The picture is not there yet: {task.status}", status=task.status)
-    answer.status_code = 503
-    answer.headers["Retry-After"] = str(_retry_seconds())
-    return answer
+        sentence = f"The task has failed: {task.error}"
+        return Refusal(409, sentence, status=task.status, error_code=task.error_code)
+    sentence = f"The picture is not there yet: {task.status}"
+    return Refusal(503, sentence, {"Retry-After": str(_retry_seconds())}, status=task.status)
 
 
 def _retry_seconds() -> int:
@@ -127,10 +121,6 @@ def _retry_seconds() -> int:
     return _RETRY_SECONDS_INSTEAD_OF_WAIT if "wait" in request.args else _RETRY_SECONDS
 
 
-def _gone(task: Task) -> Response:
-    answer = jsonify(
-        error="The picture was made, but its file is no longer there; retry the task to make one",
-        status=task.status,
-    )
-    answer.status_code = 410
-    return answer
+def _gone(task: Task) -> Refusal:
+    sentence = "The picture was made, but its file is no longer there; retry the task to make one"
+    return Refusal(410, sentence, status=task.status)

@@ -7,18 +7,17 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from http import HTTPStatus
 from typing import IO
 
-from flask import Blueprint, Response, abort, g, jsonify, request
+from flask import Blueprint, Response, after_this_request, g, request
 
 from outputs import image_path, is_low_on_disk
 from records import Task
 from web import answers, schemas
+from web.errors import Refusal
 from web.params import idempotency_key, json_body, patience
 from web.service import service
 
-_PREFIX = "/v1/"
 # Base64 makes four characters of three bytes, so that each chunk but the last is whole.
 _CHUNK = 48 * 1024
 # A wait looks as often, in seconds, whether its client is still there.
@@ -39,12 +38,6 @@ _FAILURES = {
     "internal": (500, "server_error"),
 }
 _ANOTHER_FAILURE = (502, "server_error")
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
 
 log = logging.getLogger("openai")
 
@@ -54,23 +47,15 @@ bp = Blueprint("openai", __name__)
 
 @bp.post("/v1/images/generations")
 def generations() -> Response:
-    try:
-        wanted = _wanted()
-    except schemas.Invalid as error:
-        return _error(400, str(error), param=error.field)
+    wanted = _wanted()
     base = _public_base() if wanted.response_format == "url" else None
     until = time.monotonic() + patience()
     with ExitStack() as held:
-        has_slot = held.enter_context(service.worker.waiters.slot())
-        if service.worker.is_draining or not has_slot:
-            return _no_slot()
-        ids, is_replay = _store(wanted)
-        tasks = _wait(ids, until)
-        answer = _fault(ids, tasks) or _pictures(tasks, base)
-        # A slow reader keeps its place, as its thread does.
+        _check_slot(held.enter_context(service.worker.waiters.slot()))
+        ids = _store(wanted)
+        answer = _images(_made(ids, _wait(ids, until)), base)
+        # A slow reader keeps its slot, as its thread does.
         answer.call_on_close(held.pop_all().close)
-    if is_replay:
-        answer.headers["Idempotent-Replayed"] = "true"
     return answer
 
 
@@ -84,35 +69,8 @@ def models() -> Response:
     return answers.OpenAIModels(object="list", data=data).response()
 
 
-@bp.after_app_request
-def in_openai_form(response: Response) -> Response:
-    """Give every error below the prefix OpenAI's form, whoever made it.
-
-    Once tasks are stored it names them, and tells the client not to repeat the call.
-    """
-    if not request.path.startswith(_PREFIX) or response.status_code < 400:
-        return response
-    told = response.get_json()
-    message = service.config.scrub(told["error"])
-    stored = g.get("stored", [])
-    if stored:
-        response.headers["X-Should-Retry"] = "false"
-        response.headers.pop("Retry-After", None)
-        if not all(task_id in message for task_id in stored):
-            message += f". The tasks of this call are stored, and go on: {', '.join(stored)}"
-    status = HTTPStatus(response.status_code)
-    error = {
-        "message": message,
-        "type": told.get("type") or _TYPES.get(status) or _type(status),
-        "param": told.get("param"),
-        "code": told.get("code") or status.phrase.lower().replace(" ", "_"),
-    }
-    response.set_data(jsonify(error=error).get_data())
-    return response
-
-
-def _store(wanted: schemas.Generations) -> tuple[list[str], bool]:
-    """Add the tasks; return their ids, and whether those of an earlier call are meant."""
+def _store(wanted: schemas.Generations) -> list[str]:
+    """Add the tasks, or find those of an earlier call with the same key; return their ids."""
     new = [schemas.new_task(one) for one in wanted.each()]
     ids = service.database.add(
         new,
@@ -123,7 +81,14 @@ def _store(wanted: schemas.Generations) -> tuple[list[str], bool]:
     )
     g.stored = ids
     service.worker.wake()
-    return ids, ids != [task.id for task in new]
+    if ids != [task.id for task in new]:
+        after_this_request(_mark_replay)
+    return ids
+
+
+def _mark_replay(response: Response) -> Response:
+    response.headers["Idempotent-Replayed"] = "true"
+    return response
 
 
 def _wait(ids: list[str], until: float) -> list[Task | None]:
@@ -139,14 +104,15 @@ def _wait(ids: list[str], until: float) -> list[Task | None]:
         may_go_on = is_there and not _client_is_gone()
 
 
-def _pictures(tasks: list[Task], base: str | None) -> Response:
-    """Answer with the pictures, as addresses below the base; in base64 without one."""
+def _images(tasks: list[Task], base: str | None) -> Response:
+    """Answer with the images, as addresses below the base; in base64 without one."""
     paths = [image_path(service.config, task) for task in tasks]
     with ExitStack() as opened:
         try:
             files = [opened.enter_context(path.open("rb")) for path in paths]
-        except OSError:
-            return _error(410, "The picture was made, but its file is no longer there")
+        except OSError as error:
+            sentence = "The picture was made, but its file is no longer there"
+            raise Refusal(410, sentence) from error
         if base is None:
             return _in_base64(files, opened.pop_all())
     data = [
@@ -170,12 +136,13 @@ def _wanted() -> schemas.Generations:
 
 
 def _public_base() -> str:
-    """Return the address of this server as its client knows it, or answer 400."""
+    """Return the address of this server as its client knows it, or refuse it."""
     host = request.headers.get("Host", "")
     if service.config.public_url:
         return service.config.public_url
     if not re.fullmatch(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", host):
-        abort(400, "The Host of this request makes no address for a picture; set PUBLIC_URL")
+        sentence = "The Host of this request makes no address for a picture"
+        raise Refusal(400, f"{sentence}; set PUBLIC_URL")
     return f"{request.scheme}://{host}"
 
 
@@ -193,35 +160,34 @@ def _is_in_vain(task: Task | None) -> bool:
     return task is None or task.status == "failed"
 
 
-def _no_slot() -> Response:
+def _check_slot(is_free: bool) -> None:
+    """Refuse a call that nobody could wait for; nothing is stored."""
+    headers = {"Retry-After": str(_RETRY_SECONDS)}
     if service.worker.is_draining:
-        answer = _error(503, "The server is stopping; nothing was stored. Try again")
-    else:
-        answer = _error(
+        raise Refusal(503, "The server is stopping; nothing was stored. Try again", headers)
+    if not is_free:
+        raise Refusal(
             429,
             "As many calls wait for their pictures as may (half of THREADS); nothing was "
             "stored. Try again in a few seconds, or use POST /generate, which does not wait",
+            headers,
         )
-    answer.headers["Retry-After"] = str(_RETRY_SECONDS)
-    return answer
 
 
-def _fault(ids: list[str], tasks: list[Task | None]) -> Response | None:
-    """Return the error where a picture is missing, or None."""
+def _made(ids: list[str], tasks: list[Task | None]) -> list[Task]:
+    """Return the tasks, all completed, or refuse what was asked for."""
     for task_id, task in zip(ids, tasks, strict=True):
         if task is None:
-            return _error(409, f"The task {task_id} was deleted", code="deleted")
+            raise Refusal(409, f"The task {task_id} was deleted", code="deleted")
         if task.status == "failed":
             status, kind = _FAILURES.get(task.error_code, _ANOTHER_FAILURE)
-            message = f"The task {task_id} has failed: {task.error}"
-            return _error(status, message, kind=kind, code=task.error_code)
-    if all(task.status == "completed" for task in tasks):
-        return None
-    return _error(
-        504,
-        "The pictures are not there yet; look at GET /status/<id>, and fetch GET /images/<id>",
-        code="timeout",
-    )
+            sentence = f"The task {task_id} has failed: {task.error}"
+            raise Refusal(status, sentence, type=kind, code=task.error_code)
+    made = [task for task in tasks if task and task.status == "completed"]
+    if len(made) < len(ids):
+        sentence = "The pictures are not there yet; look at GET /status/<id>"
+        raise Refusal(504, f"{sentence}, and fetch GET /images/<id>", code="timeout")
+    return made
 
 
 def _in_base64(files: list[IO[bytes]], opened: ExitStack) -> Response:
@@ -243,21 +209,4 @@ def _in_base64(files: list[IO[bytes]], opened: ExitStack) -> Response:
     answer = Response(body(), headers={"Content-Length": str(length)})
     answer.content_type = "application/json"
     answer.call_on_close(opened.close)
-    return answer
-
-
-def _type(status: int) -> str:
-    return "server_error" if status >= 500 else "invalid_request_error"
-
-
-def _error(
-    status: int,
-    message: str,
-    param: str | None = None,
-    kind: str | None = None,
-    code: str | None = None,
-) -> Response:
-    """Answer with an error, which gets OpenAI's form as all others do."""
-    answer = jsonify(error=message, param=param, type=kind, code=code)
-    answer.status_code = status
     return answer

@@ -49,7 +49,7 @@ _ERRORS = {
     416: "The range is beyond the end of the picture",
     422: "The Idempotency-Key came with another request before",
     429: "MAX_PENDING tasks are pending",
-    500: "A defect of this server",
+    500: "Internal server error",
     502: "Chutes failed in every attempt",
     503: "Not now; see Retry-After",
     504: "The picture is not there in time; its task goes on",

@@ -4,11 +4,12 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal, TypeVar
 
-from flask import abort, g, request
+from flask import g, request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from werkzeug.exceptions import BadRequest, HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from records import ERROR_CODES, STATUSES, ErrorCode, IdempotencyKey, Status, Task
+from web.errors import Refusal
 from web.service import service
 
 MAX_BODY = 1024 * 1024
@@ -71,10 +72,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def json_body() -> bytes:
-    """Return the body, which is declared as JSON, as a form or not at all, or answer 4xx."""
+    """Return the body, which is declared as JSON, as a form or not at all, or refuse it."""
     declared = request.mimetype
     if declared and declared != _FORM and not request.is_json:
-        abort(
+        raise Refusal(
             415,
             f"The body is declared as {declared[:100]}; "
             "send JSON, with Content-Type: application/json",
@@ -84,35 +85,35 @@ def json_body() -> bytes:
     except HTTPException:
         raise
     except Exception as error:  # Whatever the server in front raises for a broken body.
-        raise BadRequest("The body could not be read to its end") from error
+        raise Refusal(400, "The body could not be read to its end") from error
     if len(body) > MAX_BODY:
         raise RequestEntityTooLarge
     return body
 
 
 def idempotency_key(canonical_input: str) -> IdempotencyKey | None:
-    """Return the key that came with this input, or None, or answer 400."""
+    """Return the key that came with this input, or None, or refuse it with 400."""
     text = request.headers.get("Idempotency-Key")
     if text is None:
         return None
     if not re.fullmatch(r"[\x20-\x7e]{1,255}", text):
-        abort(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
+        raise Refusal(400, "Idempotency-Key must be 1 to 255 printable ASCII characters")
     fingerprint = hashlib.sha256(canonical_input.encode()).hexdigest()
     return IdempotencyKey(g.client, text, fingerprint)
 
 
 def get_task_or_404(task_id: str, wait: int = 0) -> Task:
-    """Return the task, after so many seconds of waiting for its end, or answer 404."""
+    """Return the task, after so many seconds of waiting for its end, or refuse it with 404."""
     g.task = task_id[:100]
     g.waited = bool(wait) and service.worker.waiters.wait(task_id, wait)
     task = service.database.get(task_id)
     if task is None:
-        abort(404, "Task not found")
+        raise Refusal(404, "Task not found")
     return task
 
 
 def query(model: type[_Model]) -> _Model:
-    """Return the parameters of the query as the model has them, or answer 400."""
+    """Return the parameters of the query as the model has them, or refuse it with 400."""
     try:
         return model.model_validate(request.args.to_dict())
     except ValidationError as error:
@@ -121,8 +122,8 @@ def query(model: type[_Model]) -> _Model:
     name = str((unknown or violations)[0]["loc"][0])
     if unknown:
         there_are = ", ".join(model.model_fields)
-        abort(400, f"{name[:50]!a} is not a parameter here; there are {there_are}")
-    abort(400, f"{name} must be {model.model_fields[name].description}")
+        raise Refusal(400, f"{name[:50]!a} is not a parameter here; there are {there_are}")
+    raise Refusal(400, f"{name} must be {model.model_fields[name].description}")
 
 
 def patience() -> float:

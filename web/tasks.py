@@ -5,12 +5,13 @@ import time
 import uuid
 from urllib.parse import urlencode
 
-from flask import Blueprint, Response, abort, g, jsonify, request
+from flask import Blueprint, Response, g, request
 
 from db import POSITIONS, stamp
 from outputs import is_low_on_disk
 from records import LowOnDisk, QueueFull, Task
 from web import answers, schemas
+from web.errors import Refusal
 from web.params import (
     RetryQuery,
     TasksQuery,
@@ -26,20 +27,15 @@ from worker import rate_limit
 # A call that is cut ends well within this time.
 _CANCEL_SECONDS = 1.0
 
-Answer = tuple[Response, int, dict[str, str]]
-
 bp = Blueprint("tasks", __name__)
 
 
 @bp.post("/generate")
 def generate() -> Response:
     config = service.config
-    try:
-        wanted = schemas.parse_generate(
-            json_body(), config.default_model, config.model_in_url, config.models
-        )
-    except schemas.Invalid as error:
-        abort(400, str(error))
+    wanted = schemas.parse_generate(
+        json_body(), config.default_model, config.model_in_url, config.models
+    )
     new = schemas.new_task(wanted)
     (task_id,) = service.database.add(
         [new],
@@ -83,14 +79,14 @@ def cancel(task_id: str) -> Response:
 
 
 @bp.post("/tasks/<task_id>/retry")
-def retry(task_id: str) -> Answer | Response:
+def retry(task_id: str) -> Response:
     task = get_task_or_404(task_id)
     if fault := schemas.model_not_allowed(task.model, service.config.models):
-        abort(400, fault)
+        raise Refusal(400, fault)
     _check_disk()
     new_id = str(uuid.uuid4())
     if not service.database.retry(task.id, new_id, time.time(), service.config.max_pending):
-        return _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
+        raise _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
     return _accepted(new_id)
 
 
@@ -104,11 +100,11 @@ def retry_failed() -> Response:
 
 
 @bp.delete("/tasks/<task_id>")
-def delete(task_id: str) -> Answer | tuple[str, int, dict[str, str]]:
+def delete(task_id: str) -> tuple[str, int]:
     task = get_task_or_404(task_id)
     if not service.worker.delete(task):
-        return _conflict(get_task_or_404(task_id), "is processing; cancel it first")
-    return "", 204, {}
+        raise _conflict(get_task_or_404(task_id), "is processing; cancel it first")
+    return "", 204
 
 
 @bp.get("/queue")
@@ -216,5 +212,5 @@ def _page_after(last: Task) -> str:
     return f"/tasks?{urlencode(asked)}"
 
 
-def _conflict(task: Task, why: str) -> Answer:
-    return jsonify(error=f"The task {why}", status=task.status), 409, {}
+def _conflict(task: Task, why: str) -> Refusal:
+    return Refusal(409, f"The task {why}", status=task.status)
