@@ -116,7 +116,7 @@ def _begin() -> None:
     if request.path == "/healthz" or access.is_signed(service.signer):
         return
     access.check_origin(config)
-    if request.blueprint != "page":
+    if openapi.needs_key():
         g.client = access.authenticate(config)
 
 

@@ -2,13 +2,17 @@
 
 import re
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import schemathesis
-from conftest import wait_until
+from conftest import KEYS, TOKEN, wait_until
 from hypothesis import HealthCheck, given, settings
 from schemathesis.generation import GenerationMode
 
+from app import close, create_app
+from config import from_values
 from web import openapi
 
 quietly = settings(
@@ -19,9 +23,21 @@ quietly = settings(
     suppress_health_check=list(HealthCheck),
 )
 
+
+def document(**values):
+    """Return the document of an application with these settings, which serves nobody."""
+    with TemporaryDirectory() as folder:
+        config = from_values({"CHUTES_API_TOKEN": TOKEN, **values}, Path(folder))
+        app = create_app(config)
+        try:
+            return openapi.document(app, config)
+        finally:
+            close(app)
+
+
 CASES = [
     (path, method, mode)
-    for path, item in openapi.paths().items()
+    for path, item in document()["paths"].items()
     for method, operation in item.items()
     for mode in GenerationMode
     # Where nothing can be given, nothing can be given wrongly.
@@ -105,29 +121,47 @@ def test_the_links_lead_from_a_submit_to_the_status_and_the_image(client):
     assert {"status", "image"} <= set(links["links"])
 
 
-def test_the_models_that_are_allowed_are_in_the_document(serve):
-    made = serve(MODELS="qwen-image,x/y").get("/openapi.json").json
+def test_the_models_that_are_allowed_are_in_the_document():
+    made = document(MODELS="qwen-image,x/y")
     model = made["components"]["schemas"]["Generate"]["properties"]["model"]
     assert model["enum"] == ["qwen-image", "x/y", None]
 
 
-def test_the_keys_are_in_the_document_where_there_are_any(serve):
-    client = serve(API_KEYS="a-key")
-    made = client.get("/openapi.json", headers={"X-API-Key": "a-key"}).json
+def test_the_keys_are_in_the_document_where_there_are_any():
+    made = document(API_KEYS=KEYS)
     assert made["security"] == [{"bearer": []}, {"key": []}]
-    assert made["paths"]["/healthz"]["get"]["security"] == []
-    assert "a-key" not in str(made)
+    assert "security" not in document()
+    assert not [key for key in KEYS.split(",") if key in str(made)]
 
 
-def test_the_model_is_one_label_where_it_is_part_of_the_address(configure):
-    made = openapi.document(configure(CHUTES_API_URL="https://{model}.chutes.ai/generate"))
+def test_what_needs_no_key_is_as_the_document_says(serve):
+    client = serve(API_KEYS=KEYS)
+    for path, item in document(API_KEYS=KEYS)["paths"].items():
+        for method, operation in item.items():
+            answer = client.open(path.replace("{id}", "x"), method=method.upper())
+            assert (answer.status_code == 401) == (operation.get("security") != []), path
+    assert client.get("/healthz").status_code == 200
+
+
+def test_the_model_is_one_label_where_it_is_part_of_the_address():
+    made = document(CHUTES_API_URL="https://{model}.chutes.ai/generate")
     model = made["components"]["schemas"]["Generate"]["properties"]["model"]
     assert re.fullmatch(model["pattern"], "a-model") and not re.fullmatch(model["pattern"], "a.b")
 
 
-def test_the_servers_public_address_is_in_the_document(serve):
-    made = serve(PUBLIC_URL="https://pictures.example").get("/openapi.json").json
+def test_the_servers_public_address_is_in_the_document():
+    made = document(PUBLIC_URL="https://pictures.example")
     assert made["servers"] == [{"url": "https://pictures.example"}]
+
+
+def test_an_idempotent_route_takes_a_key_and_tells_a_replay(client):
+    paths = client.get("/openapi.json").json["paths"]
+    for path, item in paths.items():
+        for operation in item.values():
+            taken = "Idempotency-Key" in [each["name"] for each in operation["parameters"]]
+            assert taken == (path in ("/generate", "/v1/images/generations")), path
+            told = [r for r in operation["responses"].values() if "Idempotent-Replayed" in str(r)]
+            assert (bool(told), "422" in operation["responses"]) == (taken, taken), path
 
 
 def test_the_headers_that_answers_promise_are_in_the_document(client):

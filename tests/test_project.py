@@ -22,8 +22,8 @@ DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 LAYERS = [
     {"gunicorn.conf"},
     {"app"},
-    {"web.tasks", "web.images", "web.openai", "web.health", "web.page", "web.openapi"},
-    {"web.params"},
+    {"web.tasks", "web.images", "web.openai", "web.health", "web.page"},
+    {"web.openapi", "web.params"},
     {"web.service"},
     {"web.access"},
     {"web.errors"},

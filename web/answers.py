@@ -23,6 +23,9 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
     status_code: ClassVar[int] = 200
+    # What the document says beside the body: headers, and operations that take its id.
+    headers: ClassVar[dict[str, str]] = {}
+    links: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def of(cls, record: Any, **more: Any) -> Self:
@@ -41,9 +44,16 @@ class Answer(BaseModel):
 
 
 class Accepted(Answer):
-    """A task that was added."""
+    """A task that was added: it is on disk, and Location names its status."""
 
     status_code: ClassVar[int] = 202
+    headers: ClassVar[dict[str, str]] = {"Location": "the status of the new task"}
+    links: ClassVar[dict[str, str]] = {
+        "status": "the task",
+        "task": "the task, with its calls",
+        "image": "its picture, once it is there",
+        "cancel": "end it",
+    }
 
     id: _Id
     status: Literal["pending"]
@@ -103,6 +113,8 @@ class TaskWithCalls(Task):
 
 class Tasks(Answer):
     """A page of tasks, the newest first."""
+
+    headers: ClassVar[dict[str, str]] = {"Link": 'the next page, as `rel="next"`'}
 
     tasks: list[Task]
     next: str | None

@@ -20,18 +20,23 @@ from outputs import is_low_on_disk
 from records import ERROR_CODES, STATUSES
 from web import answers
 from web.errors import Refusal
+from web.openapi import operation
 from web.service import service
 
 bp = Blueprint("health", __name__)
 
 
 @bp.get("/healthz")
+@operation(answers.Health, for_all=True)
 def healthz() -> Response:
+    """Ask if the process lives."""
     return answers.Health(status="ok").response()
 
 
 @bp.get("/readyz")
+@operation(answers.Ready, errors=(503,))
 def readyz() -> Response:
+    """Ask if it can serve."""
     if problems := list(_problems()):
         sentence = f"Not ready: {'; '.join(problems)}"
         raise Refusal(503, sentence, {"Retry-After": "10"}, problems=problems)
@@ -39,9 +44,11 @@ def readyz() -> Response:
 
 
 @bp.get("/metrics")
+@operation({200: {"description": "Text", "content": {"text/plain": {}}}})
 def metrics() -> Response:
+    """Read the numbers for Prometheus."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Numbers(service.database))
+    registry.register(_Collector(service.database))
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
@@ -62,7 +69,7 @@ def _problems() -> Iterator[str]:
         yield "no process runs the queue"
 
 
-class _Numbers(Collector):
+class _Collector(Collector):
     """Read the numbers from the database at each scrape: they hold over processes and restarts."""
 
     def __init__(self, database: Database):

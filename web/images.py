@@ -5,6 +5,7 @@ import io
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from flask import Blueprint, Response, g, request, send_file
 
@@ -13,6 +14,7 @@ from images import ImageError
 from outputs import image_path, thumbnail_path
 from records import Task
 from web.errors import Refusal
+from web.openapi import operation
 from web.params import ImageQuery, get_task_or_404, query
 from web.service import service
 
@@ -23,11 +25,32 @@ _RETRY_SECONDS_INSTEAD_OF_WAIT = 10
 
 log = logging.getLogger("pictures")
 
+_CACHED = {"ETag": "strong: the SHA-256 of the bytes", "Cache-Control": "immutable, for a year"}
+_NAMED = {**_CACHED, "Content-Disposition": "inline, with the file's name"}
+_RANGE = {"Range": "one range of bytes; any other is ignored", "If-None-Match": "an ETag"}
+
 bp = Blueprint("images", __name__)
 
 
+def _bytes(*content_types: str) -> dict[int, dict[str, Any]]:
+    """Return what the document says of an answer that is an image, or a part of one."""
+    content: dict[str, Any] = {content_type: {} for content_type in content_types}
+    return {
+        200: {"description": "The bytes", "content": content, "headers": _NAMED},
+        206: {"description": "A part of the bytes", "content": content, "headers": _NAMED},
+        304: {"description": "The client has these bytes", "headers": _CACHED},
+    }
+
+
 @bp.get("/images/<name>")
+@operation(
+    _bytes("image/png", "image/jpeg", "image/webp"),
+    errors=(400, 404, 409, 410, 416, 503),
+    query=ImageQuery,
+    headers=_RANGE,
+)
 def image(name: str) -> Response:
+    """Fetch the picture; /images/{id}.png, or what its ending is, is the same."""
     task_id, dot, extension = name.partition(".")
     task = get_task_or_404(task_id, query(ImageQuery).wait)
     if task.status != "completed":
@@ -39,7 +62,9 @@ def image(name: str) -> Response:
 
 
 @bp.get("/images/<task_id>/thumbnail")
+@operation(_bytes("image/webp"), errors=(404, 409, 410, 416, 503), headers=_RANGE)
 def thumbnail(task_id: str) -> Response:
+    """Fetch a picture of at most 512 pixels a side."""
     task = get_task_or_404(task_id)
     if task.status != "completed":
         raise _not_yet_or_never(task)

@@ -15,6 +15,7 @@ from outputs import image_path, is_low_on_disk
 from records import Task
 from web import answers, schemas
 from web.errors import Refusal
+from web.openapi import operation
 from web.params import idempotency_key, json_body, patience
 from web.service import service
 
@@ -46,7 +47,14 @@ bp = Blueprint("openai", __name__)
 
 
 @bp.post("/v1/images/generations")
+@operation(
+    answers.OpenAIImages,
+    errors=(400, 409, 410, 413, 415, 429, 500, 502, 504, 507),
+    body=schemas.Generations,
+    idempotent=True,
+)
 def generations() -> Response:
+    """Make pictures, and wait for them, as OpenAI's API does."""
     wanted = _wanted()
     base = _public_base() if wanted.response_format == "url" else None
     until = time.monotonic() + patience()
@@ -60,7 +68,9 @@ def generations() -> Response:
 
 
 @bp.get("/v1/models")
+@operation(answers.OpenAIModels)
 def models() -> Response:
+    """List the models, as OpenAI's API does."""
     config, database = service.config, service.database
     names = config.models or dict.fromkeys([config.default_model, *database.models()])
     data = [

@@ -1,14 +1,17 @@
 """The routes of the page: one HTML file, one stylesheet and one script, for everybody to see."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from flask import Blueprint, Response, send_file
 
+from web.openapi import operation
+
 _FOLDER = Path(__file__).resolve().parent / "static"
 _FILES = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    "/": ("index.html", "text/html", "page", "Look at the page"),
+    "/page.css": ("page.css", "text/css", "stylesheet", "Read how it looks"),
+    "/page.js": ("page.js", "text/javascript", "script", "Read what it does"),
 }
 _HEADERS = {
     # Nothing from another host, and nothing that is written into the page.
@@ -24,15 +27,21 @@ _HEADERS = {
 }
 
 
-def _sender(file: Path, content_type: str):
+def _sender(file: Path, content_type: str, name: str, summary: str) -> Callable[[], Response]:
+    headers = {"Content-Security-Policy": "nothing from another host", "ETag": ""}
+    there = {"description": "It", "content": {content_type: {}}, "headers": headers}
+    unchanged = {"description": "The client has it", "headers": headers}
+
+    @operation({200: there, 304: unchanged}, for_all=True, id=name)
     def send() -> Response:
         response = send_file(file, content_type, conditional=True)
         response.headers.update(_HEADERS)
         return response
 
+    send.__doc__ = summary
     return send
 
 
 bp = Blueprint("page", __name__)
-for _path, (_name, _content_type) in _FILES.items():
-    bp.add_url_rule(_path, _name.replace(".", "_"), _sender(_FOLDER / _name, _content_type))
+for _path, (_file, *_facts) in _FILES.items():
+    bp.add_url_rule(_path, _file.replace(".", "_"), _sender(_FOLDER / _file, *_facts))

@@ -5,7 +5,7 @@ import json
 import re
 import uuid
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -52,7 +52,15 @@ def _model_name(model: str, info: ValidationInfo) -> str:
 
 
 _TEXT_RULE = f"text of at most {MAX_TEXT:,} characters, without NUL or half of a surrogate pair"
-_TEXT = (Field(max_length=MAX_TEXT, description=_TEXT_RULE), AfterValidator(_plain_text))
+_TEXT = (
+    Field(
+        max_length=MAX_TEXT,
+        description=_TEXT_RULE,
+        json_schema_extra={"pattern": r"^[^\u0000]*$"},
+    ),
+    AfterValidator(_plain_text),
+)
+_NOT_BLANK = Field(json_schema_extra={"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"})
 
 
 def _whole(value: Any) -> Any:
@@ -74,7 +82,14 @@ class Generate(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
-    prompt: Annotated[str, *_TEXT]
+    example: ClassVar[dict[str, Any]] = {
+        "prompt": "a red fox in the snow",
+        "width": 1024,
+        "height": 768,
+        "seed": 7,
+    }
+
+    prompt: Annotated[str, *_TEXT, _NOT_BLANK]
     model: Annotated[str, Field(description="text"), AfterValidator(_model_name)]
     guidance_scale: Annotated[float | None, *_number(0, 20)] = 7.5
     width: Annotated[int | None, *_integer(128, 2048)] = 1024
@@ -105,6 +120,7 @@ class Generations(Generate):
     """
 
     model_config = ConfigDict(extra="ignore")
+    example: ClassVar[dict[str, Any]] = {"prompt": "a red fox", "size": "1024x768", "n": 2}
 
     n: Annotated[int | None, *_integer(1, 10)] = 1
     size: Annotated[

@@ -12,6 +12,7 @@ from outputs import is_low_on_disk
 from records import LowOnDisk, QueueFull, Task
 from web import answers, schemas
 from web.errors import Refusal
+from web.openapi import operation
 from web.params import (
     RetryQuery,
     TasksQuery,
@@ -31,7 +32,11 @@ bp = Blueprint("tasks", __name__)
 
 
 @bp.post("/generate")
+@operation(
+    answers.Accepted, errors=(400, 413, 415, 429, 507), body=schemas.Generate, idempotent=True
+)
 def generate() -> Response:
+    """Add a task."""
     config = service.config
     wanted = schemas.parse_generate(
         json_body(), config.default_model, config.model_in_url, config.models
@@ -48,14 +53,18 @@ def generate() -> Response:
 
 
 @bp.get("/status/<task_id>")
+@operation(answers.Task, errors=(400, 404), query=Wait)
 def status(task_id: str) -> Response:
+    """Look at a task."""
     return _shown(get_task_or_404(task_id, query(Wait).wait)).response()
 
 
 @bp.get("/tasks")
+@operation(answers.Tasks, errors=(400,), query=TasksQuery, id="tasks")
 def list_tasks() -> Response:
+    """List tasks, the newest first."""
     wanted = query(TasksQuery)
-    newest = functools.partial(service.database.newest, wanted.status, wanted.model)
+    newest = functools.partial(service.database.list_tasks, wanted.status, wanted.model)
     found = newest(wanted.before, wanted.limit)
     more = len(found) == wanted.limit and newest(found[-1].seq, 1)
     following = _page_after(found[-1]) if more else None
@@ -64,14 +73,18 @@ def list_tasks() -> Response:
 
 
 @bp.get("/tasks/<task_id>")
+@operation(answers.TaskWithCalls, errors=(400, 404), query=Wait, id="task")
 def get_task(task_id: str) -> Response:
+    """Look at a task and its calls."""
     task = get_task_or_404(task_id, query(Wait).wait)
     calls = [answers.Call.of(call) for call in service.database.calls(task.id)]
     return answers.TaskWithCalls.of(_shown(task), calls=calls).response()
 
 
 @bp.post("/tasks/<task_id>/cancel")
+@operation(answers.Task, errors=(404, 507))
 def cancel(task_id: str) -> Response:
+    """End a task."""
     get_task_or_404(task_id)
     service.worker.cancel(task_id)
     service.worker.waiters.wait(task_id, _CANCEL_SECONDS, force=True)
@@ -79,7 +92,9 @@ def cancel(task_id: str) -> Response:
 
 
 @bp.post("/tasks/<task_id>/retry")
+@operation(answers.Accepted, errors=(400, 404, 409, 429, 507))
 def retry(task_id: str) -> Response:
+    """Add a new task with the same input."""
     task = get_task_or_404(task_id)
     if fault := schemas.model_not_allowed(task.model, service.config.models):
         raise Refusal(400, fault)
@@ -91,7 +106,9 @@ def retry(task_id: str) -> Response:
 
 
 @bp.post("/tasks/retry")
+@operation(answers.Retried, errors=(400, 429, 507), query=RetryQuery, id="retryFailed")
 def retry_failed() -> Response:
+    """Retry all that failed and were not retried yet; with `error_code`, only those."""
     wanted = query(RetryQuery)
     _check_disk()
     retried = _retry_failed(wanted.error_code or None)
@@ -100,7 +117,9 @@ def retry_failed() -> Response:
 
 
 @bp.delete("/tasks/<task_id>")
+@operation({204: {"description": "It is gone"}}, errors=(404, 409, 507))
 def delete(task_id: str) -> tuple[str, int]:
+    """Delete a task and its files."""
     task = get_task_or_404(task_id)
     if not service.worker.delete(task):
         raise _conflict(get_task_or_404(task_id), "is processing; cancel it first")
@@ -108,18 +127,24 @@ def delete(task_id: str) -> tuple[str, int]:
 
 
 @bp.get("/queue")
+@operation(answers.Queue)
 def queue() -> Response:
+    """Look at the queue."""
     return _queue().response()
 
 
 @bp.post("/queue/pause")
+@operation(answers.Queue, errors=(507,))
 def pause() -> Response:
+    """Start no more calls."""
     service.database.pause()
     return _queue().response()
 
 
 @bp.post("/queue/resume")
+@operation(answers.Queue, errors=(507,))
 def resume() -> Response:
+    """Go on."""
     service.database.resume()
     service.worker.wake()
     return _queue().response()
