@@ -4,7 +4,6 @@ import logging
 import time
 
 import pytest
-from flask.testing import FlaskClient
 from upstream import Upstream, serving
 
 import config as settings
@@ -27,11 +26,17 @@ class Clock:
         return self.now
 
 
-class Client(FlaskClient):
-    """A client that reads each answer to its end, and closes the files behind it."""
+def read_whole(wsgi_app):
+    """Return the application with each answer read to its end, and the files behind it closed."""
 
-    def open(self, *args, buffered=True, **options):
-        return super().open(*args, buffered=buffered, **options)
+    def application(environ, start_response):
+        body = wsgi_app(environ, start_response)
+        try:
+            return [b"".join(body)]
+        finally:
+            body.close()
+
+    return application
 
 
 def wait_until(fact, seconds=20, what="the fact did not come about"):
@@ -119,7 +124,7 @@ def serve(configure, upstream):
 
     def make(**values):
         app = create_app(configure(CHUTES_API_URL=upstream.url, **values))
-        app.test_client_class = Client
+        app.wsgi_app = read_whole(app.wsgi_app)
         made.append(app)
         return app.test_client()
 
