@@ -21,13 +21,14 @@ needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium"
 )
 FILES = ["/", "/page.css", "/page.js"]
+DOCS = ["/docs", "/docs/ui.css", "/docs/ui.js", "/docs/docs.js"]
 KEY = KEYS.split(",")[0]
 
 
 # The files
 
 
-@pytest.mark.parametrize("path", FILES)
+@pytest.mark.parametrize("path", FILES + DOCS)
 def test_the_files_need_no_key_and_let_nothing_in(serve, path):
     client = serve(API_KEYS=KEYS)
     answer = client.get(path)
@@ -45,10 +46,18 @@ def test_the_files_need_no_key_and_let_nothing_in(serve, path):
 
 
 def test_the_files_are_typed(client):
-    types = [client.get(path).content_type for path in FILES]
-    assert types == [
-        *("text/html; charset=utf-8", "text/css; charset=utf-8", "text/javascript; charset=utf-8")
-    ]
+    kinds = ["html", "css", "javascript", "html", "css", "javascript", "javascript"]
+    types = [client.get(path).content_type for path in FILES + DOCS]
+    assert types == [f"text/{kind}; charset=utf-8" for kind in kinds]
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", *DOCS])
+def test_the_document_and_its_page_are_for_everybody_but_other_sites(serve, path):
+    anyone = serve(API_KEYS=KEYS)
+    assert anyone.get(path).status_code == 200
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
+        assert anyone.get(path, headers=headers).status_code == 403
+    assert serve().get(path, headers={"Host": "evil.example"}).status_code == 403
 
 
 # The browser
@@ -101,14 +110,14 @@ def visit(browser):
     """
     opened = []
 
-    def open_page(site, refusals=(), context=None, before=None, **options):
+    def open_page(site, refusals=(), context=None, before=None, path="/", **options):
         context = context or browser.new_context(**{"reduced_motion": "reduce", **options})
         page = context.new_page()
         page.set_default_timeout(15_000)
         watch(page, site, refusals)
         if before:
             before(page)
-        page.goto(site.address)
+        page.goto(site.address + path)
         opened.append((context, page))
         return page
 
@@ -951,3 +960,47 @@ def test_no_width_makes_the_page_scroll_sideways(site, visit, upstream, width):
         expect(page.locator(pictures)).to_have_count(2)
         expect(page.locator("#unfinished")).to_contain_text("w" * 500)
         assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+
+
+# The page of the API document
+
+
+def execute(page, operation):
+    """Try an operation out, and return the status that is shown."""
+    block = page.locator(f"#operations-{operation}")
+    if not block.locator(".execute").is_visible():
+        block.locator(".opblock-summary-control").click()
+        block.locator(".try-out__btn").click()
+    block.locator(".execute").click()
+    return block.locator(".live-responses-table .response .response-col_status")
+
+
+@needs_chromium
+def test_the_documents_page_shows_every_operation(site, visit):
+    there = site()
+    page = visit(there, path="/docs")
+    paths = there.client.get("/openapi.json").json["paths"]
+    expect(page.locator(".opblock")).to_have_count(sum(map(len, paths.values())))
+    expect(page).to_have_title("Image proxy: the API")
+
+
+@needs_chromium
+@pytest.mark.parametrize("values", [{}, {"PUBLIC_URL": "https://pictures.example"}])
+def test_an_operation_is_tried_out_on_the_server_of_the_page(site, visit, values):
+    page = visit(site(**values), path="/docs")
+    expect(execute(page, "health-healthz")).to_have_text("200")
+    expect(page.locator("#operations-health-healthz")).to_contain_text('"status": "ok"')
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["bearer", "key"])
+def test_a_key_that_is_told_to_the_documents_page_is_sent(site, visit, scheme):
+    page = visit(site(API_KEYS=KEYS), path="/docs", refusals=[401])
+    expect(execute(page, "tasks-queue")).to_contain_text("401")
+    page.locator(".scheme-container .authorize").click()
+    form = page.locator(".auth-container").filter(has=page.locator("h4", has_text=scheme))
+    form.get_by_role("textbox").fill(KEY)
+    form.locator("button.authorize").click()
+    page.locator(".close-modal").click()
+    expect(execute(page, "tasks-queue")).to_contain_text("200")
+    expect(page.locator("#operations-tasks-queue")).to_contain_text('"pending": 0')

@@ -1,47 +1,56 @@
-"""The routes of the page: one HTML file, one stylesheet and one script, for everybody to see."""
+"""The routes of two pages, of the tasks and of the API document: files, for everybody to see."""
 
-from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 from flask import Blueprint, Response, send_file
 
 from web.openapi import operation
 
-_FOLDER = Path(__file__).resolve().parent / "static"
-_FILES = {
-    "/": ("index.html", "text/html", "page", "Look at the page"),
-    "/page.css": ("page.css", "text/css", "stylesheet", "Read how it looks"),
-    "/page.js": ("page.js", "text/javascript", "script", "Read what it does"),
-}
+_OURS = Path(__file__).resolve().parent / "static"
+# The package's own page would hold a script, which the policy would have to name.
+_SWAGGER = Path(str(files("flask_swagger_ui"))) / "dist"
+_FILES = (
+    ("/", _OURS / "index.html", "html", "page", "Look at the page"),
+    ("/page.css", _OURS / "page.css", "css", "stylesheet", "Read how it looks"),
+    ("/page.js", _OURS / "page.js", "javascript", "script", "Read what it does"),
+    ("/docs", _OURS / "docs.html", "html", "docs", "Try out what this document says"),
+    ("/docs/docs.js", _OURS / "docs.js", "javascript", "docsScript", "Read what starts it"),
+    ("/docs/ui.css", _SWAGGER / "swagger-ui.css", "css", "docsStyle", "Read how it looks"),
+    ("/docs/ui.js", _SWAGGER / "swagger-ui-bundle.js", "javascript", "docsUI", "Read what it does"),
+)
+# Nothing from another host, and nothing that is written into a page.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+# Swagger UI writes HTML by itself.
+_STRICT_POLICY = f"{_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
 _HEADERS = {
-    # Nothing from another host, and nothing that is written into the page.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    ),
     "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
 
+bp = Blueprint("page", __name__)
 
-def _sender(file: Path, content_type: str, name: str, summary: str) -> Callable[[], Response]:
+
+def _add(path: str, file: Path, kind: str, name: str, summary: str) -> None:
+    policy = _POLICY if path.startswith("/docs") else _STRICT_POLICY
     headers = {"Content-Security-Policy": "nothing from another host", "ETag": ""}
-    there = {"description": "It", "content": {content_type: {}}, "headers": headers}
+    there = {"description": "It", "content": {f"text/{kind}": {}}, "headers": headers}
     unchanged = {"description": "The client has it", "headers": headers}
 
     @operation({200: there, 304: unchanged}, for_all=True, id=name)
     def send() -> Response:
-        response = send_file(file, content_type, conditional=True)
-        response.headers.update(_HEADERS)
+        response = send_file(file, f"text/{kind}", conditional=True)
+        response.headers.update({**_HEADERS, "Content-Security-Policy": policy})
         return response
 
     send.__doc__ = summary
-    return send
+    bp.add_url_rule(path, name, send)
 
 
-bp = Blueprint("page", __name__)
-for _path, (_file, *_facts) in _FILES.items():
-    bp.add_url_rule(_path, _file.replace(".", "_"), _sender(_FOLDER / _file, *_facts))
+for _facts in _FILES:
+    _add(*_facts)
