@@ -11,7 +11,7 @@ from conftest import Clock, finished, submit, wait_until
 from server import Server
 from upstream import Answer, image_bytes
 
-from web import tasks
+from web import service, tasks
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_a_disk_that_hangs_keeps_no_other_writer_waiting(serve, monkeypatch):
         hangs.set()
         goes_on.wait(30)
 
-    monkeypatch.setattr(tasks, "is_low_on_disk", hang)
+    monkeypatch.setattr(service, "is_low_on_disk", hang)
     thread = threading.Thread(target=submit, args=(client.application.test_client(),))
     thread.start()
     assert hangs.wait(10)

@@ -1,15 +1,22 @@
 """What a request may hold, and the sentence for each fault."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from web.schemas import Invalid, parse_generate
+from config import from_values
+from web import schemas
+from web.schemas import Generate, Invalid
+
+VALUES = {"CHUTES_API_TOKEN": "a token"}
+PLAIN = from_values(VALUES, Path())
+IN_URL = from_values({**VALUES, "CHUTES_API_URL": "https://{model}.chutes.ai/generate"}, Path())
 
 
 def parse(body, model_in_url=False):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return parse_generate(data, "qwen-image", model_in_url)
+    return schemas.parse(Generate, data, IN_URL if model_in_url else PLAIN)
 
 
 def test_the_defaults():

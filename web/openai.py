@@ -1,17 +1,16 @@
 """The routes in OpenAI's form: pictures in the answer, for the programs made for its API."""
 
 import base64
-import logging
 import re
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import IO
 
-from flask import Blueprint, Response, after_this_request, g, request
+from flask import Blueprint, Response, g, request
 
-from outputs import image_path, is_low_on_disk
+from outputs import image_path
 from records import Task
 from web import answers, schemas
 from web.errors import Refusal
@@ -40,9 +39,6 @@ _FAILURES = {
 }
 _ANOTHER_FAILURE = (502, "server_error")
 
-log = logging.getLogger("openai")
-
-
 bp = Blueprint("openai", __name__)
 
 
@@ -55,13 +51,13 @@ bp = Blueprint("openai", __name__)
 )
 def generations() -> Response:
     """Make pictures, and wait for them, as OpenAI's API does."""
-    wanted = _wanted()
+    wanted = schemas.parse(schemas.Generations, json_body(), service.config)
     base = _public_base() if wanted.response_format == "url" else None
     until = time.monotonic() + patience()
     with ExitStack() as held:
         _check_slot(held.enter_context(service.worker.waiters.slot()))
         ids = _store(wanted)
-        answer = _images(_made(ids, _wait(ids, until)), base)
+        answer = _images(_completed(ids, _wait(ids, until)), base)
         # A slow reader keeps its slot, as its thread does.
         answer.call_on_close(held.pop_all().close)
     return answer
@@ -81,24 +77,9 @@ def models() -> Response:
 
 def _store(wanted: schemas.Generations) -> list[str]:
     """Add the tasks, or find those of an earlier call with the same key; return their ids."""
-    new = [schemas.new_task(one) for one in wanted.each()]
-    ids = service.database.add(
-        new,
-        time.time(),
-        service.config.max_pending,
-        idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS)),
-        is_low_on_disk(service.config),
-    )
-    g.stored = ids
-    service.worker.wake()
-    if ids != [task.id for task in new]:
-        after_this_request(_mark_replay)
+    key = idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS))
+    ids = g.stored = service.add([each.new_task() for each in wanted.each()], key)
     return ids
-
-
-def _mark_replay(response: Response) -> Response:
-    response.headers["Idempotent-Replayed"] = "true"
-    return response
 
 
 def _wait(ids: list[str], until: float) -> list[Task | None]:
@@ -130,19 +111,6 @@ def _images(tasks: list[Task], base: str | None) -> Response:
         for task, path in zip(tasks, paths, strict=True)
     ]
     return answers.OpenAIImages(created=int(time.time()), data=data).response()
-
-
-def _wanted() -> schemas.Generations:
-    """Return what the request asks for, its response_format filled in, or raise Invalid."""
-    fields = schemas.json_object(json_body())
-    asked = fields.get("model")
-    if schemas.is_openai_model(asked, service.config.models):
-        log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
-    if fields.get("response_format") is None:
-        fields["response_format"] = "url" if str(asked).startswith("dall-e") else "b64_json"
-    return schemas.parse_generations(
-        fields, service.config.default_model, service.config.model_in_url, service.config.models
-    )
 
 
 def _public_base() -> str:
@@ -184,24 +152,24 @@ def _check_slot(is_free: bool) -> None:
         )
 
 
-def _made(ids: list[str], tasks: list[Task | None]) -> list[Task]:
+def _completed(ids: list[str], tasks: list[Task | None]) -> list[Task]:
     """Return the tasks, all completed, or refuse what was asked for."""
     for task_id, task in zip(ids, tasks, strict=True):
         if task is None:
             raise Refusal(409, f"The task {task_id} was deleted", code="deleted")
         if task.status == "failed":
-            status, kind = _FAILURES.get(task.error_code, _ANOTHER_FAILURE)
+            status, kind = _FAILURES.get(task.error_code or "", _ANOTHER_FAILURE)
             sentence = f"The task {task_id} has failed: {task.error}"
             raise Refusal(status, sentence, type=kind, code=task.error_code)
-    made = [task for task in tasks if task and task.status == "completed"]
-    if len(made) < len(ids):
+    completed = [task for task in tasks if task and task.status == "completed"]
+    if len(completed) < len(ids):
         sentence = "The pictures are not there yet; look at GET /status/<id>"
         raise Refusal(504, f"{sentence}, and fetch GET /images/<id>", code="timeout")
-    return made
+    return completed
 
 
-def _in_base64(files: list[IO[bytes]], opened: ExitStack) -> Response:
-    """Stream the files, which are then closed, with the length told before."""
+def _in_base64(files: Sequence[IO[bytes]], opened: ExitStack) -> Response:
+    """Stream the files, which are then closed, with the length known before."""
     before = [f'{{"created":{int(time.time())},"data":[{{"b64_json":"']
     before += ['"},{"b64_json":"'] * (len(files) - 1)
     after = '"}]}\n'
@@ -216,7 +184,7 @@ def _in_base64(files: list[IO[bytes]], opened: ExitStack) -> Response:
                 yield base64.b64encode(chunk)
         yield after.encode()
 
-    answer = Response(body(), headers={"Content-Length": str(length)})
-    answer.content_type = "application/json"
+    headers = {"Content-Length": str(length)}
+    answer = Response(body(), headers=headers, content_type="application/json")
     answer.call_on_close(opened.close)
     return answer

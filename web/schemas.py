@@ -1,10 +1,10 @@
-"""What a request may hold: its fields, their ranges, and the sentence for each fault."""
+"""What a request may hold: its fields, their ranges, and the sentence for each violation."""
 
 import difflib
 import json
+import logging
 import re
 import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -17,17 +17,23 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import ErrorDetails
 
-from config import model_name_error
+from config import Config, model_name_error
 from records import NewTask
 
 MAX_TEXT = 10_000
-_SHOWN_FAULTS = 3
+_SHOWN_VIOLATIONS = 3
 _EXAMPLE = 'send one such as {"prompt": "a red fox"}'
 # OpenAI's names for models, which no chute bears.
 OPENAI_MODEL = r"((chat)?gpt-image|dall-e)(-[A-Za-z0-9._-]{0,80})?"
 _SIDE = "(12[89]|1[3-9][0-9]|[2-9][0-9][0-9]|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 _SIZE = rf"^((auto)?|{_SIDE}x{_SIDE})$"
+_SIZE_RULE = "auto, or WIDTHxHEIGHT, each from 128 to 2048"
+_STREAM_RULE = "false: images come whole here"
+_Format = Literal["b64_json", "url"]
+
+log = logging.getLogger("openai")
 
 
 class Invalid(ValueError):
@@ -44,23 +50,10 @@ def _plain_text(text: str | None) -> str | None:
     return text
 
 
-def _model_name(model: str, info: ValidationInfo) -> str:
-    rule = model_name_error(model, info.context["model_in_url"])
-    if rule:
+def _model_name(model: str, info: ValidationInfo[Config]) -> str:
+    if rule := model_name_error(model, info.context.model_in_url):
         raise ValueError(f"must be {rule}")
     return model
-
-
-_TEXT_RULE = f"text of at most {MAX_TEXT:,} characters, without NUL or half of a surrogate pair"
-_TEXT = (
-    Field(
-        max_length=MAX_TEXT,
-        description=_TEXT_RULE,
-        json_schema_extra={"pattern": r"^[^\u0000]*$"},
-    ),
-    AfterValidator(_plain_text),
-)
-_NOT_BLANK = Field(json_schema_extra={"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"})
 
 
 def _whole(value: Any) -> Any:
@@ -68,46 +61,55 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _number(least: int, most: int) -> tuple[Any, ...]:
-    return (Field(ge=least, le=most, description=f"a number from {least} to {most}"),)
+def _number(minimum: int, maximum: int, kind: str = "a number") -> Any:
+    return Field(ge=minimum, le=maximum, description=f"{kind} from {minimum} to {maximum}")
 
 
-def _integer(least: int, most: int) -> tuple[Any, ...]:
-    rule = f"an integer from {least} to {most}"
-    return (Field(ge=least, le=most, description=rule), BeforeValidator(_whole))
+def _integer(minimum: int, maximum: int) -> tuple[Any, ...]:
+    return _number(minimum, maximum, "an integer"), BeforeValidator(_whole)
+
+
+def _text(pattern: str) -> tuple[Any, ...]:
+    rule = f"text of at most {MAX_TEXT:,} characters, without NUL or half of a surrogate pair"
+    field = Field(max_length=MAX_TEXT, description=rule, json_schema_extra={"pattern": pattern})
+    return field, AfterValidator(_plain_text)
 
 
 class Generate(BaseModel):
     """The body of a request for one image; null for an optional field means its default."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    example: ClassVar = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
 
-    example: ClassVar[dict[str, Any]] = {
-        "prompt": "a red fox in the snow",
-        "width": 1024,
-        "height": 768,
-        "seed": 7,
-    }
-
-    prompt: Annotated[str, *_TEXT, _NOT_BLANK]
+    prompt: Annotated[str, *_text(r"^[^\u0000]*[^\s\u0000][^\u0000]*$")]
     model: Annotated[str, Field(description="text"), AfterValidator(_model_name)]
-    guidance_scale: Annotated[float | None, *_number(0, 20)] = 7.5
+    guidance_scale: Annotated[float | None, _number(0, 20)] = 7.5
     width: Annotated[int | None, *_integer(128, 2048)] = 1024
     height: Annotated[int | None, *_integer(128, 2048)] = 1024
     num_inference_steps: Annotated[int | None, *_integer(1, 100)] = 20
-    negative_prompt: Annotated[str | None, *_TEXT] = None
+    negative_prompt: Annotated[str | None, *_text(r"^[^\u0000]*$")] = None
     seed: Annotated[int | None, *_integer(0, 2**32 - 1)] = None
-    true_cfg_scale: Annotated[float | None, *_number(0, 10)] = None
+    true_cfg_scale: Annotated[float | None, _number(0, 10)] = None
     priority: Annotated[int | None, *_integer(-100, 100)] = 0
 
     @field_validator("*")
     @classmethod
     def _default_for_null(cls, value: Any, info: ValidationInfo) -> Any:
-        return cls.model_fields[info.field_name].default if value is None else value
+        return cls.model_fields[str(info.field_name)].default if value is None else value
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any], config: Config) -> dict[str, Any]:
+        """Return the fields of a request in this server's words."""
+        return fields
 
     def params(self) -> dict[str, Any]:
         """Return what Chutes is sent beside the prompt and the model."""
         return self.model_dump(include=_PARAMS, exclude_none=True)
+
+    def new_task(self) -> NewTask:
+        """Return the task that was asked for, with an id of its own."""
+        task_id, priority = str(uuid.uuid4()), self.priority or 0
+        return NewTask(task_id, self.prompt, self.model, self.params(), priority)
 
 
 _PARAMS = Generate.model_fields.keys() - {"prompt", "model", "priority"}
@@ -116,23 +118,34 @@ _PARAMS = Generate.model_fields.keys() - {"prompt", "model", "priority"}
 class Generations(Generate):
     """The body of a request for images in OpenAI's form; fields of no meaning here are ignored.
 
-    The fields of a request for one image may be given beside OpenAI's own.
+    The fields of a request for one image may be given beside OpenAI's own; a width or height
+    counts more than `size`.
     """
 
     model_config = ConfigDict(extra="ignore")
-    example: ClassVar[dict[str, Any]] = {"prompt": "a red fox", "size": "1024x768", "n": 2}
+    example: ClassVar = {"prompt": "a red fox", "size": "1024x768", "n": 2}
 
     n: Annotated[int | None, *_integer(1, 10)] = 1
-    size: Annotated[
-        str | None,
-        Field(pattern=_SIZE, description="auto, or WIDTHxHEIGHT, each from 128 to 2048"),
-    ] = None
-    response_format: Annotated[
-        Literal["b64_json", "url"] | None, Field(description="b64_json or url")
-    ] = None
-    stream: Annotated[Literal[False] | None, Field(description="false: images come whole here")] = (
-        None
-    )
+    size: Annotated[str | None, Field(pattern=_SIZE, description=_SIZE_RULE)] = None
+    response_format: Annotated[_Format | None, Field(description="b64_json or url")] = None
+    stream: Annotated[Literal[False] | None, Field(description=_STREAM_RULE)] = None
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any], config: Config) -> dict[str, Any]:
+        fields, asked, size = dict(fields), fields.get("model"), fields.get("size")
+        is_openais = isinstance(asked, str) and re.fullmatch(OPENAI_MODEL, asked)
+        if is_openais and asked not in config.models:
+            log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
+            fields["model"] = None
+        elif asked == "":
+            fields["model"] = None
+        if fields.get("response_format") is None:
+            fields["response_format"] = "url" if str(asked).startswith("dall-e") else "b64_json"
+        if isinstance(size, str) and re.fullmatch(_SIZE, size):
+            for name, side in zip(("width", "height"), size.split("x"), strict=False):
+                if side.isdigit() and fields.get(name) is None:
+                    fields[name] = int(side)
+        return fields
 
     def each(self) -> list[Generate]:
         """Return the request for each of the images.
@@ -140,91 +153,45 @@ class Generations(Generate):
         A seed counts up: the same one would pay for the same image again.
         """
         fields = self.model_dump(include=Generate.model_fields.keys() - {"seed"})
-        if self.seed is None:
-            return [Generate.model_construct(**fields) for _ in range(self.n)]
-        seeds = [(self.seed + k) % 2**32 for k in range(self.n)]
+        nth = range(self.n or 1)
+        seeds = [None if self.seed is None else (self.seed + k) % 2**32 for k in nth]
         return [Generate.model_construct(**fields, seed=seed) for seed in seeds]
-
-
-def new_task(wanted: Generate) -> NewTask:
-    """Return the task that was asked for, with an id of its own."""
-    task_id = str(uuid.uuid4())
-    return NewTask(task_id, wanted.prompt, wanted.model, wanted.params(), wanted.priority)
 
 
 _Kind = TypeVar("_Kind", bound=Generate)
 
 
-def parse_generate(
-    body: bytes, default_model: str, model_in_url: bool, models: Sequence[str] = ()
-) -> Generate:
-    """Read a request for one image from JSON, or raise Invalid; no `models` allow all."""
-    return _validated(Generate, json_object(body), default_model, model_in_url, models)
-
-
-def parse_generations(
-    fields: dict[str, Any], default_model: str, model_in_url: bool, models: Sequence[str] = ()
-) -> Generations:
-    """Read a request for images in OpenAI's form, or raise Invalid; no `models` allow all.
-
-    A width or height of its own counts more than `size`.
-    """
-    fields = dict(fields)
-    if fields.get("model") == "" or is_openai_model(fields.get("model"), models):
-        fields["model"] = None
-    if isinstance(fields.get("size"), str) and re.fullmatch(_SIZE, fields["size"]):
-        for name, side in zip(("width", "height"), fields["size"].split("x"), strict=False):
-            if side.isdigit() and fields.get(name) is None:
-                fields[name] = int(side)
-    return _validated(Generations, fields, default_model, model_in_url, models)
-
-
-def is_openai_model(model: Any, models: Sequence[str] = ()) -> bool:
-    """Return whether the model is one of OpenAI's own, and none of `models`."""
-    return (
-        isinstance(model, str) and model not in models and bool(re.fullmatch(OPENAI_MODEL, model))
-    )
-
-
-def _validated(
-    kind: type[_Kind],
-    fields: dict[str, Any],
-    default_model: str,
-    model_in_url: bool,
-    models: Sequence[str],
-) -> _Kind:
-    if _is_blank(fields.get("prompt")):
+def parse(kind: type[_Kind], body: bytes, config: Config) -> _Kind:
+    """Read a request from JSON, or raise Invalid."""
+    fields = kind.translated(_json_object(body), config)
+    prompt = fields.get("prompt")
+    if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise Invalid("Prompt is required", "prompt")
     if fields.get("model") is None:
-        fields = {**fields, "model": default_model}
+        fields["model"] = config.default_model
     try:
-        wanted = kind.model_validate(fields, context={"model_in_url": model_in_url})
+        wanted = kind.model_validate(fields, context=config)
     except ValidationError as error:
-        raise Invalid(_sentence(error, kind), _field(error)) from error
-    if fault := model_not_allowed(wanted.model, models):
-        raise Invalid(fault, "model")
+        raise _invalid(error, kind) from error
+    check_allowed(wanted.model, config)
     return wanted
 
 
-def model_not_allowed(model: str, models: Sequence[str]) -> str | None:
-    """Return the sentence that names the models allowed, or None where this one is."""
-    if not models or model in models:
-        return None
-    return f"model must be one of {', '.join(models)}, not {_shown(model)}"
+def check_allowed(model: str, config: Config) -> None:
+    """Raise Invalid, which names the models allowed, where this one is none of them."""
+    if config.models and model not in config.models:
+        there_are = ", ".join(config.models)
+        raise Invalid(f"model must be one of {there_are}, not {_shown(model)}", "model")
 
 
-def _is_blank(prompt: Any) -> bool:
-    return prompt is None or (isinstance(prompt, str) and not prompt.strip())
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    """Read a JSON object, or raise Invalid."""
+def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body, parse_int=_any_integer)
     except RecursionError:
         raise Invalid("The body is nested too deeply") from None
     except ValueError as error:
-        raise Invalid(f"The body is not valid JSON ({_reason(error)}); {_EXAMPLE}") from error
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error
+        raise Invalid(f"The body is not valid JSON ({reason}); {_EXAMPLE}") from error
     if not isinstance(value, dict):
         raise Invalid(f"The body is not a JSON object; {_EXAMPLE}")
     return value
@@ -235,37 +202,25 @@ def _any_integer(digits: str) -> int:
     return int(digits[:100])
 
 
-def _reason(error: ValueError) -> str:
-    return "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+def _invalid(error: ValidationError, kind: type[Generate]) -> Invalid:
+    violations = error.errors(include_url=False)
+    sentences = [_sentence(violation, kind) for violation in violations[:_SHOWN_VIOLATIONS]]
+    if len(violations) > _SHOWN_VIOLATIONS:
+        sentences.append(f"and {len(violations) - _SHOWN_VIOLATIONS} more")
+    return Invalid("; ".join(sentences), next(map(str, violations[0]["loc"]), None))
 
 
-def _field(error: ValidationError) -> str | None:
-    name = (error.errors()[0]["loc"] or (None,))[0]
-    return name if isinstance(name, str) else None
-
-
-def _sentence(error: ValidationError, kind: type[Generate]) -> str:
-    faults = error.errors(include_url=False)
-    told = "; ".join(_fault(fault, kind) for fault in faults[:_SHOWN_FAULTS])
-    more = len(faults) - _SHOWN_FAULTS
-    return f"{told}; and {more} more" if more > 0 else told
-
-
-def _fault(fault: dict[str, Any], kind: type[Generate]) -> str:
-    if not fault["loc"]:
+def _sentence(violation: ErrorDetails, kind: type[Generate]) -> str:
+    if not violation["loc"]:
         return "The name of a field holds half of a surrogate pair"
-    name = fault["loc"][0]
-    if fault["type"] == "extra_forbidden":
-        return f"{_shown(name)} is not a field{_nearest(name)}"
-    if fault["type"] == "value_error":
-        return f"{name} {fault['ctx']['error']}"
+    name = str(violation["loc"][0])
+    if violation["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name[:100].lower(), Generate.model_fields, n=1)
+        return f"{_shown(name)} is not a field{f'; did you mean {close[0]}?' if close else ''}"
+    if violation["type"] == "value_error":
+        return f"{name} {violation['ctx']['error']}"
     rule = kind.model_fields[name].description
-    return f"{name} must be {rule}, not {_shown(fault['input'])}"
-
-
-def _nearest(name: str) -> str:
-    close = difflib.get_close_matches(name[:100].lower(), Generate.model_fields, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"{name} must be {rule}, not {_shown(violation['input'])}"
 
 
 def _shown(value: Any) -> str:

@@ -9,19 +9,11 @@ from flask import Blueprint, Response, g, request
 
 from db import POSITIONS, stamp
 from outputs import is_low_on_disk
-from records import LowOnDisk, QueueFull, Task
-from web import answers, schemas
+from records import QueueFull, Task
+from web import answers, params, schemas
 from web.errors import Refusal
 from web.openapi import operation
-from web.params import (
-    RetryQuery,
-    TasksQuery,
-    Wait,
-    get_task_or_404,
-    idempotency_key,
-    json_body,
-    query,
-)
+from web.params import get_task_or_404, query
 from web.service import service
 from worker import rate_limit
 
@@ -37,33 +29,23 @@ bp = Blueprint("tasks", __name__)
 )
 def generate() -> Response:
     """Add a task."""
-    config = service.config
-    wanted = schemas.parse_generate(
-        json_body(), config.default_model, config.model_in_url, config.models
-    )
-    new = schemas.new_task(wanted)
-    (task_id,) = service.database.add(
-        [new],
-        time.time(),
-        config.max_pending,
-        idempotency_key(wanted.model_dump_json()),
-        is_low_on_disk(config),
-    )
-    return _accepted(task_id, is_replay=task_id != new.id)
+    wanted = schemas.parse(schemas.Generate, params.json_body(), service.config)
+    (task_id,) = service.add([wanted.new_task()], params.idempotency_key(wanted.model_dump_json()))
+    return _accepted(task_id)
 
 
 @bp.get("/status/<task_id>")
-@operation(answers.Task, errors=(400, 404), query=Wait)
+@operation(answers.Task, errors=(400, 404), query=params.Wait)
 def status(task_id: str) -> Response:
     """Look at a task."""
-    return _shown(get_task_or_404(task_id, query(Wait).wait)).response()
+    return _shown(get_task_or_404(task_id, query(params.Wait).wait)).response()
 
 
 @bp.get("/tasks")
-@operation(answers.Tasks, errors=(400,), query=TasksQuery, id="tasks")
+@operation(answers.Tasks, errors=(400,), query=params.TasksQuery, id="tasks")
 def list_tasks() -> Response:
     """List tasks, the newest first."""
-    wanted = query(TasksQuery)
+    wanted = query(params.TasksQuery)
     newest = functools.partial(service.database.list_tasks, wanted.status, wanted.model)
     found = newest(wanted.before, wanted.limit)
     more = len(found) == wanted.limit and newest(found[-1].seq, 1)
@@ -73,10 +55,10 @@ def list_tasks() -> Response:
 
 
 @bp.get("/tasks/<task_id>")
-@operation(answers.TaskWithCalls, errors=(400, 404), query=Wait, id="task")
+@operation(answers.TaskWithCalls, errors=(400, 404), query=params.Wait, id="task")
 def get_task(task_id: str) -> Response:
     """Look at a task and its calls."""
-    task = get_task_or_404(task_id, query(Wait).wait)
+    task = get_task_or_404(task_id, query(params.Wait).wait)
     calls = [answers.Call.of(call) for call in service.database.calls(task.id)]
     return answers.TaskWithCalls.of(_shown(task), calls=calls).response()
 
@@ -96,22 +78,22 @@ def cancel(task_id: str) -> Response:
 def retry(task_id: str) -> Response:
     """Add a new task with the same input."""
     task = get_task_or_404(task_id)
-    if fault := schemas.model_not_allowed(task.model, service.config.models):
-        raise Refusal(400, fault)
-    _check_disk()
-    new_id = str(uuid.uuid4())
-    if not service.database.retry(task.id, new_id, time.time(), service.config.max_pending):
+    schemas.check_allowed(task.model, service.config)
+    service.check_disk()
+    new_id, limit = str(uuid.uuid4()), service.config.max_pending
+    if not service.database.retry(task.id, new_id, time.time(), limit):
         raise _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
+    service.worker.wake()
     return _accepted(new_id)
 
 
 @bp.post("/tasks/retry")
-@operation(answers.Retried, errors=(400, 429, 507), query=RetryQuery, id="retryFailed")
+@operation(answers.Retried, errors=(400, 429, 507), query=params.RetryQuery, id="retryFailed")
 def retry_failed() -> Response:
     """Retry all that failed and were not retried yet; with `error_code`, only those."""
-    wanted = query(RetryQuery)
-    _check_disk()
-    retried = _retry_failed(wanted.error_code or None)
+    code = query(params.RetryQuery).error_code or None
+    service.check_disk()
+    retried = _retry_failed(code)
     service.worker.wake()
     return answers.Retried(retried=retried).response()
 
@@ -171,20 +153,10 @@ def _retry_failed(code: str | None) -> int:
     return retried
 
 
-def _check_disk() -> None:
-    """Raise LowOnDisk where less than MIN_FREE_MB is free."""
-    if is_low_on_disk(service.config):
-        raise LowOnDisk
-
-
-def _accepted(task_id: str, is_replay: bool = False) -> Response:
-    service.worker.wake()
+def _accepted(task_id: str) -> Response:
     g.task = task_id
-    headers = {"Location": f"/status/{task_id}"}
-    if is_replay:
-        headers["Idempotent-Replayed"] = "true"
-    message = "Task queued successfully"
-    return answers.Accepted(id=task_id, status="pending", message=message).response(headers)
+    answer = answers.Accepted(id=task_id, status="pending", message="Task queued successfully")
+    return answer.response({"Location": f"/status/{task_id}"})
 
 
 def _shown(task: Task) -> answers.Task:
@@ -220,8 +192,8 @@ def _waits(pending: list[Task]) -> dict[str, tuple[int | None, str | None]]:
 def _queue() -> answers.Queue:
     now, limit = time.time(), service.config.rate_limit
     queue = service.database.queue(now)
-    total, used, remaining = queue.quota or (0, 0, 0)
-    quota = answers.Quota(total=total, used=used, remaining=remaining) if queue.quota else None
+    names = ("total", "used", "remaining")
+    quota = queue.quota and answers.Quota(**dict(zip(names, queue.quota, strict=True)))
     return answers.Queue.of(
         queue,
         concurrency=service.config.concurrency,
