@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import secrets
@@ -71,24 +72,18 @@ def check_origin(config: Config) -> None:
     there afterwards (DNS rebinding) read the answers.
     """
     if request.headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
-        raise Refusal(
-            403,
-            "A page of another site asks for this; use the server under its own address, "
-            "and set PUBLIC_URL to that",
-        )
+        advice = "use the server under its own address, and set PUBLIC_URL to that"
+        raise Refusal(403, f"A page of another site asks for this; {advice}")
     origin = request.headers.get("Origin")
     if origin is not None and origin.lower() not in _own_origins(config):
-        raise Refusal(
-            403,
-            f"The page that asks for this is of another site ({origin[:100]!a}); "
-            "if it is this server's own, set PUBLIC_URL to its address",
-        )
+        fact = f"The page that asks for this is of another site ({origin[:100]!a})"
+        advice = "if it is this server's own, set PUBLIC_URL to its address"
+        raise Refusal(403, f"{fact}; {advice}")
     if not config.api_keys and not config.allow_anonymous and not _is_own_host(config):
-        raise Refusal(
-            403,
-            f"This server is not known as {request.host[:100]!a}; set PUBLIC_URL to the "
-            "address that clients use, or API_KEYS (or ALLOW_ANONYMOUS=1) to allow any name",
-        )
+        fact = f"This server is not known as {request.host[:100]!a}"
+        advice = "set PUBLIC_URL to the address that clients use"
+        or_any = "or API_KEYS (or ALLOW_ANONYMOUS=1) to allow any name"
+        raise Refusal(403, f"{fact}; {advice}, {or_any}")
 
 
 def authenticate(config: Config) -> str:
@@ -103,26 +98,19 @@ def authenticate(config: Config) -> str:
     if scheme.lower() == "bearer":
         given.append(bearer.strip())
     # As bytes, and all of them: compare_digest takes no other text, and its time tells nothing.
-    matches = [
-        key
-        for one in given
-        for key in config.api_keys
-        if hmac.compare_digest(_bytes(one), key.encode())
-    ]
+    pairs = itertools.product(map(_bytes, given), map(_bytes, config.api_keys))
+    matches = [key for one, key in pairs if hmac.compare_digest(one, key)]
     if not matches:
-        raise Refusal(
-            401,
-            "A key is needed: send Authorization: Bearer <key>, or X-API-Key: <key>",
-            {"WWW-Authenticate": "Bearer"},
-        )
-    return hashlib.sha256(matches[0].encode()).hexdigest()[:16]
+        sentence = "A key is needed: send Authorization: Bearer <key>, or X-API-Key: <key>"
+        raise Refusal(401, sentence, {"WWW-Authenticate": "Bearer"})
+    return hashlib.sha256(matches[0]).hexdigest()[:16]
 
 
 def is_signed(signer: Signer) -> bool:
     """Return whether the request is for an image, with the right signature."""
     if request.endpoint != "images.image" or request.method not in ("GET", "HEAD"):
         return False
-    task_id = request.view_args["name"].partition(".")[0]
+    task_id = (request.view_args or {})["name"].partition(".")[0]
     return signer.has_signed(task_id, request.args.get("sig", ""))
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger("app")
 class Refusal(Exception):
     """A request that is refused: the status, what is wrong and what to do, and further keys.
 
-    Of the keys, `type`, `param` and `code` are told in OpenAI's form alone, the others never there.
+    Of the keys, `type`, `param` and `code` are in OpenAI's form alone, the others never there.
     """
 
     def __init__(

@@ -4,18 +4,12 @@ import time
 from collections.abc import Iterator
 
 from flask import Blueprint, Response
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client import CollectorRegistry, core
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from db import Database, DatabaseError
+from db import DatabaseError
 from outputs import is_low_on_disk
 from records import ERROR_CODES, STATUSES
 from web import answers
@@ -27,7 +21,7 @@ bp = Blueprint("health", __name__)
 
 
 @bp.get("/healthz")
-@operation(answers.Health, for_all=True)
+@operation(answers.Health, public=True)
 def healthz() -> Response:
     """Ask if the process lives."""
     return answers.Health(status="ok").response()
@@ -48,7 +42,7 @@ def readyz() -> Response:
 def metrics() -> Response:
     """Read the numbers for Prometheus."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(service.database))
+    registry.register(_Collector())
     return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
@@ -72,40 +66,37 @@ def _problems() -> Iterator[str]:
 class _Collector(Collector):
     """Read the numbers from the database at each scrape: they hold over processes and restarts."""
 
-    def __init__(self, database: Database):
-        self._db = database
-
-    def collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[core.Metric]:
         now = time.time()
-        stats, queue = self._db.stats(), self._db.queue(now)
-        tasks = GaugeMetricFamily("image_proxy_tasks", "Tasks by status.", labels=["status"])
-        for status in STATUSES:
-            tasks.add_metric([status], stats.tasks.get(status, 0))
-        yield tasks
-        failures = GaugeMetricFamily(
-            "image_proxy_failures", "Failed tasks by error_code.", labels=["error_code"]
-        )
-        for code in ERROR_CODES:
-            failures.add_metric([code], stats.failures.get(code, 0))
-        yield failures
-        yield GaugeMetricFamily(
-            "image_proxy_queue_depth", "Tasks that wait or run.", queue.pending + queue.processing
-        )
-        yield GaugeMetricFamily(
-            "image_proxy_oldest_pending_seconds",
-            "Age of the task that waits longest.",
-            answers.age(queue.oldest_pending, now) or 0,
-        )
-        yield GaugeMetricFamily(
-            "image_proxy_held_models", "Holds of models, or of all.", len(queue.holds)
-        )
-        yield GaugeMetricFamily("image_proxy_paused", "1 while the queue is paused.", queue.paused)
-        yield HistogramMetricFamily(
+        stats, queue = service.database.stats(), service.database.queue(now)
+        yield _by_label("tasks", "Tasks by status.", "status", STATUSES, stats.tasks)
+        by_code = "Failed tasks by error_code."
+        yield _by_label("failures", by_code, "error_code", ERROR_CODES, stats.failures)
+        under_way = queue.pending + queue.processing
+        age = answers.age(queue.oldest_pending, now) or 0
+        yield _gauge("queue_depth", "Tasks that wait or run.", under_way)
+        yield _gauge("oldest_pending_seconds", "Age of the task that waits longest.", age)
+        yield _gauge("held_models", "Holds of models, or of all.", len(queue.holds))
+        yield _gauge("paused", "1 while the queue is paused.", queue.paused)
+        yield core.HistogramMetricFamily(
             "image_proxy_upstream_seconds",
             "Seconds that calls to Chutes took.",
-            buckets=[(floatToGoString(bound), calls) for bound, calls in stats.buckets],
+            buckets=[(floatToGoString(b), n) for b, n in stats.buckets],  # type: ignore[no-untyped-call]
             sum_value=stats.upstream_seconds,
         )
-        yield CounterMetricFamily(
+        yield core.CounterMetricFamily(
             "image_proxy_image_bytes", "Bytes of all images that were stored.", stats.image_bytes
         )
+
+
+def _gauge(name: str, text: str, value: float) -> core.Metric:
+    return core.GaugeMetricFamily(f"image_proxy_{name}", text, value)
+
+
+def _by_label(
+    name: str, text: str, label: str, words: tuple[str, ...], counts: dict[str, int]
+) -> core.Metric:
+    family = core.GaugeMetricFamily(f"image_proxy_{name}", text, labels=[label])
+    for word in words:
+        family.add_metric([word], counts.get(word, 0))
+    return family

@@ -1,4 +1,4 @@
-"""The routes of pictures: the bytes as Chutes sent them, and a small one to look through."""
+"""The routes of images: the bytes as Chutes sent them, and a small one to look through."""
 
 import hashlib
 import io
@@ -18,12 +18,12 @@ from web.openapi import operation
 from web.params import ImageQuery, get_task_or_404, query
 from web.service import service
 
-# What a client is told to wait: one that has waited may ask at once, one that wanted to
+# How long a client is asked to wait: one that has waited may ask at once, one that wanted to
 # and could not would use up its retries.
 _RETRY_SECONDS = 5
 _RETRY_SECONDS_INSTEAD_OF_WAIT = 10
 
-log = logging.getLogger("pictures")
+log = logging.getLogger("images")
 
 _CACHED = {"ETag": "strong: the SHA-256 of the bytes", "Cache-Control": "immutable, for a year"}
 _NAMED = {**_CACHED, "Content-Disposition": "inline, with the file's name"}
@@ -52,9 +52,7 @@ def _bytes(*content_types: str) -> dict[int, dict[str, Any]]:
 def image(name: str) -> Response:
     """Fetch the picture; /images/{id}.png, or what its ending is, is the same."""
     task_id, dot, extension = name.partition(".")
-    task = get_task_or_404(task_id, query(ImageQuery).wait)
-    if task.status != "completed":
-        raise _not_yet_or_never(task)
+    task = _completed(task_id, query(ImageQuery).wait)
     path = image_path(service.config, task)
     if dot and path.suffix != f".{extension}":
         raise Refusal(404, f"The picture of this task is {path.name}")
@@ -65,9 +63,7 @@ def image(name: str) -> Response:
 @operation(_bytes("image/webp"), errors=(404, 409, 410, 416, 503), headers=_RANGE)
 def thumbnail(task_id: str) -> Response:
     """Fetch a picture of at most 512 pixels a side."""
-    task = get_task_or_404(task_id)
-    if task.status != "completed":
-        raise _not_yet_or_never(task)
+    task = _completed(task_id)
     original = image_path(service.config, task)
     if not original.exists():
         raise _gone(task)
@@ -81,6 +77,19 @@ def thumbnail(task_id: str) -> Response:
         if service.database.get(task.id) is None:
             kept.unlink(missing_ok=True)
     return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
+
+
+def _completed(task_id: str, wait: int = 0) -> Task:
+    """Return the task, or refuse its image: it is not there yet, or never will be."""
+    task = get_task_or_404(task_id, wait)
+    if task.status == "completed":
+        return task
+    if task.status == "failed":
+        sentence = f"The task has failed: {task.error}"
+        raise Refusal(409, sentence, status=task.status, error_code=task.error_code)
+    seconds = _RETRY_SECONDS_INSTEAD_OF_WAIT if "wait" in request.args else _RETRY_SECONDS
+    headers = {"Retry-After": str(1 if g.waited else seconds)}
+    raise Refusal(503, f"The picture is not there yet: {task.status}", headers, status=task.status)
 
 
 def _kept(path: Path) -> bytes | None:
@@ -100,7 +109,7 @@ def _keep(path: Path, data: bytes) -> None:
 
 
 def _send(
-    file: Path | io.BytesIO, task: Task, name: Path, content_type: str, etag: str
+    file: Path | io.BytesIO, task: Task, name: Path, content_type: str | None, etag: str | None
 ) -> Response:
     try:
         size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
@@ -108,7 +117,7 @@ def _send(
         request.environ.pop("HTTP_RANGE", None)
         if part:
             request.environ["HTTP_RANGE"] = part
-        response = send_file(file, content_type, conditional=True, etag=etag)
+        response = send_file(file, content_type, conditional=True, etag=etag or True)
     except FileNotFoundError as error:
         raise _gone(task) from error
     response.headers["Content-Disposition"] = f'inline; filename="{name.name}"'
@@ -130,20 +139,6 @@ def _part_asked_for(size: int) -> str | None:
     if not first:
         return f"bytes={max(0, size - int(last))}-"
     return None if last and int(first) > int(last) else found[0]
-
-
-def _not_yet_or_never(task: Task) -> Refusal:
-    if task.status == "failed":
-        sentence = f"The task has failed: {task.error}"
-        return Refusal(409, sentence, status=task.status, error_code=task.error_code)
-    sentence = f"The picture is not there yet: {task.status}"
-    return Refusal(503, sentence, {"Retry-After": str(_retry_seconds())}, status=task.status)
-
-
-def _retry_seconds() -> int:
-    if g.waited:
-        return 1
-    return _RETRY_SECONDS_INSTEAD_OF_WAIT if "wait" in request.args else _RETRY_SECONDS
 
 
 def _gone(task: Task) -> Refusal:

@@ -15,22 +15,26 @@ from web.errors import OPENAI_PREFIX
 from web.schemas import OPENAI_MODEL, Generate, Generations
 from web.service import service
 
+_DESCRIPTION = "A durable queue in front of Chutes AI's image API."
 _COMPONENT = "#/components/schemas/{model}"
-_TASK_ID = {
-    "name": "id",
-    "in": "path",
-    "required": True,
-    "description": "the task's id",
-    "schema": {"type": "string", "format": "uuid"},
-    "example": "ee078b27-6c4d-42f6-8911-d9669086c9e9",
-}
-_IDEMPOTENCY_KEY = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "description": "the same key with the same request is the same task, for 24 hours",
-    "schema": {"type": "string", "pattern": r"^[\x20-\x7e]{1,255}$"},
-    "example": "order-66",
-}
+
+
+def _parameter(
+    name: str, place: str, description: str, schema: dict[str, Any], **more: Any
+) -> dict[str, Any]:
+    return {"name": name, "in": place, "description": description, "schema": schema, **more}
+
+
+_ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
+_UUID = {"type": "string", "format": "uuid"}
+_TASK_ID = _parameter("id", "path", "the task's id", _UUID, required=True, example=_ID)
+_IDEMPOTENCY_KEY = _parameter(
+    "Idempotency-Key",
+    "header",
+    "the same key with the same request is the same task, for 24 hours",
+    {"type": "string", "pattern": r"^[\x20-\x7e]{1,255}$"},
+    example="order-66",
+)
 _ERRORS = {
     400: "A fault in the request, which is named",
     401: "A key is needed",
@@ -66,7 +70,7 @@ class operation:
 
     `answer` is a model, or responses as OpenAPI has them, with headers by name and description.
     `errors` are the statuses of refusals beside those of every route, `headers` those that a
-    request may have. An `idempotent` route takes an Idempotency-Key; one `for_all` needs no key
+    request may have. An `idempotent` route takes an Idempotency-Key; a `public` one needs no key
     of API_KEYS. `id` is for a view of another name.
     """
 
@@ -76,7 +80,7 @@ class operation:
     body: type[Generate] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     idempotent: bool = False
-    for_all: bool = False
+    public: bool = False
     id: str = ""
 
     def __call__(self, view: View) -> View:
@@ -88,19 +92,19 @@ bp = Blueprint("openapi", __name__)
 
 
 @bp.get("/openapi.json")
-@operation({200: {"description": "It", "content": {"application/json": {}}}}, for_all=True)
+@operation({200: {"description": "It", "content": {"application/json": {}}}}, public=True)
 def openapi() -> Response:
     """Read this document."""
-    kept = current_app.extensions
-    if "openapi" not in kept:  # Not at the start, which it would make slower.
-        kept["openapi"] = document(current_app, service.config)
-    return jsonify(kept["openapi"])
+    cache = current_app.extensions
+    if "openapi" not in cache:  # Not at the start, which it would make slower.
+        cache["openapi"] = document(current_app, service.config)
+    return jsonify(cache["openapi"])
 
 
 def needs_key() -> bool:
     """Return whether the request is for a route that only holders of a key may use."""
     view: Any = current_app.view_functions.get(request.endpoint or "")
-    return view is None or not view.operation.for_all
+    return view is None or not view.operation.public
 
 
 def document(app: Flask, config: Config) -> dict[str, Any]:
@@ -110,55 +114,54 @@ def document(app: Flask, config: Config) -> dict[str, Any]:
     for rule in app.url_map.iter_rules():
         view: Any = app.view_functions[rule.endpoint]
         path = re.sub(r"<(\w+:)?\w+>", "{id}", rule.rule)
+        tag = rule.endpoint.partition(".")[0]
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
-            tag = rule.endpoint.partition(".")[0]
             paths.setdefault(path, {})[method.lower()] = _describe(path, tag, view, config)
-        models |= dict.fromkeys(_models(path, view.operation))
-    whole: dict[str, Any] = {
+        for model in (view.operation.body, view.operation.answer, _error_model(path)):
+            if isinstance(model, type):
+                side = "validation" if model is view.operation.body else "serialization"
+                models[model, side] = None
+    spec: dict[str, Any] = {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Image proxy",
-            "version": "1",
-            "description": "A durable queue in front of Chutes AI's image API.",
-        },
+        "info": {"title": "Image proxy", "version": "1", "description": _DESCRIPTION},
         "servers": [{"url": config.public_url or "/"}],
         "paths": paths,
         "components": {"schemas": _schemas(list(models), config)},
     }
     if config.api_keys:
-        whole["components"]["securitySchemes"] = {
+        spec["components"]["securitySchemes"] = {
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
-        whole["security"] = [{"bearer": []}, {"key": []}]
-    return whole
+        spec["security"] = [{"bearer": []}, {"key": []}]
+    return spec
 
 
 def _describe(path: str, tag: str, view: Any, config: Config) -> dict[str, Any]:
-    told = view.operation
+    op = view.operation
     described = {
-        "operationId": told.id or view.__name__,
+        "operationId": op.id or view.__name__,
         "summary": view.__doc__.partition("\n")[0].removesuffix("."),
         "tags": [tag],
-        "parameters": list(_parameters(path, told)),
-        "responses": {str(c): _with_headers(r) for c, r in _responses(path, told).items()},
+        "parameters": list(_parameters(path, op)),
+        "responses": {str(c): _with_headers(r) for c, r in _responses(path, op).items()},
     }
-    if told.body:
-        content = {"schema": _ref(told.body), "example": told.body.example}
+    if op.body:
+        content = {"schema": _ref(op.body), "example": op.body.example}
         described["requestBody"] = {"required": True, "content": {"application/json": content}}
-    if config.api_keys and told.for_all:
+    if config.api_keys and op.public:
         described["security"] = []
     return described
 
 
-def _parameters(path: str, told: operation) -> Iterator[dict[str, Any]]:
+def _parameters(path: str, op: operation) -> Iterator[dict[str, Any]]:
     if "{id}" in path:
         yield _TASK_ID
-    if told.query:
-        yield from _query(told.query)
-    for name, text in told.headers.items():
-        yield {"name": name, "in": "header", "description": text, "schema": {"type": "string"}}
-    if told.idempotent:
+    if op.query:
+        yield from _query(op.query)
+    for name, text in op.headers.items():
+        yield _parameter(name, "header", text, {"type": "string"})
+    if op.idempotent:
         yield _IDEMPOTENCY_KEY
 
 
@@ -169,37 +172,31 @@ def _query(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
         if not schema["default"]:
             del schema["default"]
             schema |= schema.pop("anyOf", [{}])[0]
-        description = schema.pop("description", "")
-        yield {"name": name, "in": "query", "schema": schema, "description": description}
+        yield _parameter(name, "query", schema.pop("description", ""), schema)
 
 
-def _responses(path: str, told: operation) -> dict[int, dict[str, Any]]:
+def _responses(path: str, op: operation) -> dict[int, dict[str, Any]]:
     """Return the responses by status, with headers by name and description."""
-    made = told.answer if isinstance(told.answer, dict) else _success(told.answer)
-    codes = {*told.errors, *_ANY_ROUTE}
-    if told.idempotent:
+    success = op.answer if isinstance(op.answer, dict) else _success(op.answer)
+    codes = {*op.errors, *_ANY_ROUTE}
+    if op.idempotent:
         codes.add(422)
         replayed = {"Idempotent-Replayed": "true, where the key has come before"}
-        made = {c: {**r, "headers": {**r["headers"], **replayed}} for c, r in made.items()}
-    return {**made, **{code: _error(code, _error_model(path)) for code in sorted(codes)}}
+        success = {c: {**r, "headers": {**r["headers"], **replayed}} for c, r in success.items()}
+    return {**success, **{code: _error(code, _error_model(path)) for code in sorted(codes)}}
 
 
 def _success(model: type[Answer]) -> dict[int, dict[str, Any]]:
-    response: dict[str, Any] = {
-        "description": model.__doc__,
-        "content": {"application/json": {"schema": _ref(model)}},
-        "headers": model.headers,
-    }
+    content = {"application/json": {"schema": _ref(model)}}
+    response = {"description": model.__doc__, "content": content, "headers": model.headers}
     if model.links:
-        response["links"] = {
-            name: {
-                "operationId": name,
-                "parameters": {"id": "$response.body#/id"},
-                "description": text,
-            }
-            for name, text in model.links.items()
-        }
+        response["links"] = {name: _link(name, text) for name, text in model.links.items()}
     return {model.status_code: response}
+
+
+def _link(operation_id: str, description: str) -> dict[str, Any]:
+    parameters = {"id": "$response.body#/id"}
+    return {"operationId": operation_id, "parameters": parameters, "description": description}
 
 
 def _error(code: int, model: type[Answer]) -> dict[str, Any]:
@@ -218,24 +215,14 @@ def _error_model(path: str) -> type[Answer]:
 
 
 def _with_headers(response: dict[str, Any]) -> dict[str, Any]:
-    told = {"X-Request-ID": "the client's own, or a new one", **response.get("headers", {})}
-    headers = {
-        name: {"description": text, "schema": {"type": "string"}} for name, text in told.items()
-    }
+    texts = {"X-Request-ID": "the client's own, or a new one", **response.get("headers", {})}
+    schema = {"type": "string"}
+    headers = {name: {"description": text, "schema": schema} for name, text in texts.items()}
     return {**response, "headers": headers}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _COMPONENT.format(model=model.__name__)}
-
-
-def _models(path: str, told: operation) -> Iterator[tuple[type[BaseModel], str]]:
-    """Yield the models of bodies, each with its side."""
-    yield _error_model(path), "serialization"
-    if not isinstance(told.answer, dict):
-        yield told.answer, "serialization"
-    if told.body:
-        yield told.body, "validation"
 
 
 def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> dict[str, Any]:

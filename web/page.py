@@ -42,7 +42,7 @@ def _add(path: str, file: Path, kind: str, name: str, summary: str) -> None:
     there = {"description": "It", "content": {f"text/{kind}": {}}, "headers": headers}
     unchanged = {"description": "The client has it", "headers": headers}
 
-    @operation({200: there, 304: unchanged}, for_all=True, id=name)
+    @operation({200: there, 304: unchanged}, public=True, id=name)
     def send() -> Response:
         response = send_file(file, f"text/{kind}", conditional=True)
         response.headers.update({**_HEADERS, "Content-Security-Policy": policy})

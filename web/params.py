@@ -75,11 +75,8 @@ def json_body() -> bytes:
     """Return the body, which is declared as JSON, as a form or not at all, or refuse it."""
     declared = request.mimetype
     if declared and declared != _FORM and not request.is_json:
-        raise Refusal(
-            415,
-            f"The body is declared as {declared[:100]}; "
-            "send JSON, with Content-Type: application/json",
-        )
+        advice = "send JSON, with Content-Type: application/json"
+        raise Refusal(415, f"The body is declared as {declared[:100]}; {advice}")
     try:
         body = request.get_data()
     except HTTPException:

@@ -11,7 +11,7 @@ from config import Config
 from db import Database
 from images import Decoder
 from outputs import is_low_on_disk
-from records import Key, LowOnDisk, NewTask
+from records import IdempotencyKey, LowOnDisk, NewTask
 from web.access import Signer
 from worker import Worker
 
@@ -26,7 +26,7 @@ class Service:
     decoder: Decoder
     signer: Signer
 
-    def add(self, tasks: list[NewTask], key: Key | None) -> list[str]:
+    def add(self, tasks: list[NewTask], key: IdempotencyKey | None) -> list[str]:
         """Add the tasks and return their ids, or those of the tasks that came with the key before.
 
         Raises QueueFull, LowOnDisk or KeyReused.
