@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from flask import Flask, Response, g, request
+from flask.json.provider import DefaultJSONProvider
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import config as settings
@@ -30,6 +31,16 @@ _GUNICORN_GIVES_UP = 4
 log = logging.getLogger("app")
 
 
+class _JsonResponse(Response):
+    default_mimetype = "application/json"  # Not even an empty answer is HTML.
+
+
+class _Json(DefaultJSONProvider):
+    sort_keys = False
+    ensure_ascii = False
+    compact = True
+
+
 def create_app(config: Config) -> Flask:
     """Build the application: open the database, but start no thread.
 
@@ -39,12 +50,9 @@ def create_app(config: Config) -> Flask:
     app = Flask(__name__, static_folder=None)
     # One byte more: Werkzeug ends a chunked body at its limit without a word.
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY + 1
-    # Not even an empty answer is HTML, and two slashes are not one.
-    app.response_class = type("JsonResponse", (Response,), {"default_mimetype": "application/json"})
-    app.url_map.merge_slashes = False
-    app.json.sort_keys = False
-    app.json.ensure_ascii = False
-    app.json.compact = True
+    app.response_class = _JsonResponse
+    app.json = _Json(app)
+    app.url_map.merge_slashes = False  # Two slashes are not one.
     signer = access.Signer(config.database_path)
     database = Database(config.database_path)
     decoder = Decoder()
@@ -52,8 +60,9 @@ def create_app(config: Config) -> Flask:
     app.extensions.update(database=database, worker=worker, decoder=decoder)
     app.extensions["service"] = Service(config, database, worker, decoder, signer)
     if config.trusted_proxies:
-        most = config.trusted_proxies
-        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=most, x_proto=most, x_host=most)
+        count = config.trusted_proxies
+        proxied = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count)
+        app.wsgi_app = proxied  # type: ignore[method-assign]
     app.before_request(_begin)
     app.after_request(_note)
     errors.register(app, config)
