@@ -20,7 +20,7 @@ const $ = (id) => document.getElementById(id);
 
 const known = {
   queue: null,
-  unended: [],
+  unfinished: [],
   failed: [],
   failedShown: FAILED_STEP,
   pictures: [],
@@ -234,7 +234,7 @@ async function watch() {
 
 async function pauseAfterLook() {
   if (document.hidden) return sleep(HIDDEN_MS);
-  const [task] = known.unended;
+  const [task] = known.unfinished;
   const isStarting = task?.waiting_for?.startsWith("it is about to start");
   if (isStarting) return sleep(SOON_MS);
   if (task?.status !== "processing") return sleep(IDLE_MS);
@@ -242,13 +242,13 @@ async function pauseAfterLook() {
   const seen = poked ? null : await waitFor(task);
   // The server answers at once where too many wait; then this page must not ask at once, too.
   const left = WAIT_SECONDS * 1000 - (performance.now() - began);
-  if (seen && isUnended(seen) && left > 0) await sleep(left);
+  if (seen && isUnfinished(seen) && left > 0) await sleep(left);
 }
 
-const isUnended = (task) => task.status === "pending" || task.status === "processing";
+const isUnfinished = (task) => task.status === "pending" || task.status === "processing";
 
 async function look() {
-  const before = known.unended;
+  const before = known.unfinished;
   const queue = await api("GET", "/queue");
   // In the order that a task takes, so that none slips through between two answers.
   const isBusy = queue.pending || queue.processing;
@@ -258,10 +258,10 @@ async function look() {
   const waiting = pending.filter((task) => !started.has(task.id));
   const place = (task) => task.queue_position ?? Infinity;
   known.queue = queue;
-  known.unended = [...running.reverse(), ...waiting.sort((a, b) => place(a) - place(b))];
-  for (const { id } of known.unended) awaited.add(id);
+  known.unfinished = [...running.reverse(), ...waiting.sort((a, b) => place(a) - place(b))];
+  for (const { id } of known.unfinished) awaited.add(id);
   const { pending: count, calls_today: calls } = queue;
-  const mark = JSON.stringify([count, calls, known.unended.map((task) => task.id + task.status)]);
+  const mark = JSON.stringify([count, calls, known.unfinished.map((task) => task.id + task.status)]);
   if (mark !== known.lastMark || performance.now() - known.lastEnded > LATEST_MS) {
     known.lastMark = mark;
     await lookAtEnded(before);
@@ -290,14 +290,14 @@ async function lookAtEnded(before) {
   known.failed = failed;
   known.lastEnded = performance.now();
   const ended = new Set([...known.pictures, ...failed].map((task) => task.id));
-  known.unended = known.unended.filter((task) => !ended.has(task.id));
+  known.unfinished = known.unfinished.filter((task) => !ended.has(task.id));
   await findVanished(before, ended);
   tellEnded();
 }
 
 // A task that was added long ago ends far down the list, beyond what was just looked at.
 async function findVanished(before, ended) {
-  const here = new Set([...ended, ...known.unended.map((task) => task.id)]);
+  const here = new Set([...ended, ...known.unfinished.map((task) => task.id)]);
   for (const { id } of before.filter((task) => !here.has(task.id)).slice(0, 10)) {
     const task = await api("GET", `/tasks/${id}`).catch(() => null);
     if (task?.status !== "completed") continue;
@@ -417,19 +417,19 @@ function remove(item, heading) {
 
 function render() {
   renderQueue();
-  const isLast = known.unended.length ? $("unended-title") : $("make-title");
-  sync($("unended"), known.unended, createUnended, updateUnended, isLast);
-  const more = known.queue.pending - known.unended.filter((t) => t.status === "pending").length;
-  $("unended-more").textContent =
+  const isLast = known.unfinished.length ? $("unfinished-title") : $("make-title");
+  sync($("unfinished"), known.unfinished, createUnfinished, updateUnfinished, isLast);
+  const more = known.queue.pending - known.unfinished.filter((t) => t.status === "pending").length;
+  $("unfinished-more").textContent =
     more > 0 ? `${more.toLocaleString()} more wait, before the last ones, which are shown here` : "";
-  $("unended-part").hidden = !known.unended.length;
+  $("unfinished-part").hidden = !known.unfinished.length;
   const failed = known.failed.slice(0, known.failedShown);
   sync($("failed"), failed, createFailed, updateFailed, $("make-title"));
   $("failed-part").hidden = !failed.length;
   $("failed-more").hidden = known.failed.length <= known.failedShown;
   $("retry-all").hidden = !known.failed.some((task) => !task.retried_as);
   sync($("pictures"), known.pictures, createPicture, () => {}, $("pictures-title"));
-  $("empty").hidden = Boolean(known.pictures.length || known.unended.length);
+  $("empty").hidden = Boolean(known.pictures.length || known.unfinished.length);
   $("end").textContent = known.morePictures ? "More…" : "";
   const under = known.queue.pending + known.queue.processing;
   document.title = under ? `(${under}) Image proxy` : "Image proxy";
@@ -488,15 +488,15 @@ function comeBack() {
   render();
 }
 
-function createUnended(task) {
-  const cancel = () => act($("unended-error"), "POST", `/tasks/${task.id}/cancel`);
+function createUnfinished(task) {
+  const cancel = () => act($("unfinished-error"), "POST", `/tasks/${task.id}/cancel`);
   const prompt = make("p", { className: "prompt", textContent: task.prompt });
   const row = make("div", { className: "row" }, button("Cancel", cancel));
   named(row, prompt, task);
   return make("li", {}, prompt, make("p", { className: "state" }), row);
 }
 
-function updateUnended(item, task) {
+function updateUnfinished(item, task) {
   const state = item.querySelector(".state");
   const isRunning = task.status === "processing";
   item.classList.toggle("running", isRunning);
