@@ -1,4 +1,4 @@
-"""The database against a plain model: every verb in any order, the clock going forward and back."""
+"""`db.py` against a plain model: every verb in any order, the clock going forward and back."""
 
 import tempfile
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""How a call ends, for each way that it can and each state that its task can be in meanwhile."""
+"""`db.finish`: each way that a call can end, in each state that its task can be in meanwhile."""
 
 from dataclasses import astuple
 from pathlib import Path
