@@ -12,7 +12,17 @@ import pytest
 
 import db
 from db import Database, DatabaseError
-from records import ALL_MODELS, SHUTDOWN, Ending, Image, NewHold, NewTask, Reply
+from records import (
+    ALL_MODELS,
+    SHUTDOWN,
+    Ending,
+    IdempotencyKey,
+    Image,
+    NewHold,
+    NewTask,
+    QueueFull,
+    Reply,
+)
 
 NOW = 1_790_000_000.0
 PICTURE = Image("image/png", "png", 3, 1, 1, "0" * 64)
@@ -567,3 +577,72 @@ def test_threads_add_without_waiting_on_each_other_for_ever(database):
     for thread in threads:
         thread.join()
     assert len(claimed(database)) == 200
+
+
+def test_a_key_is_kept_for_a_day(database):
+    def add(task, now):
+        return database.add([NewTask(task, "p", "m", {})], now, None, IdempotencyKey("", "k", "f"))
+
+    assert add("first", 1_790_000_000.0) == ["first"]
+    assert add("second", 1_790_000_000.0 + 86399) == ["first"]
+    assert add("third", 1_790_000_000.0 + 86400) == ["third"]
+    assert add("fourth", 1_790_000_000.0 + 86401) == ["third"]
+
+
+def test_any_number_of_keys_can_be_used_again_the_next_day(database):
+    def add(name, now):
+        key = IdempotencyKey("", name.partition("-")[0], "f")
+        return database.add([NewTask(name, "p", "m", {})], now, None, key)
+
+    for n in range(600):
+        add(f"{n}-first", 1_790_000_000.0)
+    assert add("599-again", 1_790_000_000.0 + 86401) == ["599-again"]
+    assert add("599-once-more", 1_790_000_000.0 + 86402) == ["599-again"]
+    ((kept,),) = database._reader.execute("SELECT count(*) FROM idempotency").fetchall()
+    assert kept == 1
+
+
+def test_tasks_that_came_together_are_replayed_together(database):
+    def add(*names):
+        tasks = [NewTask(name, "p", "m", {}) for name in names]
+        return database.add(tasks, 1_790_000_000.0, None, IdempotencyKey("", "k", "f"))
+
+    assert add("a", "b", "c") == ["a", "b", "c"]
+    assert add("d", "e", "f") == ["a", "b", "c"]
+    assert database.get("d") is None
+
+
+def test_tasks_that_come_together_are_stored_all_or_none(database):
+    def add(*names):
+        database.add([NewTask(name, "p", "m", {}) for name in names], 1_790_000_000.0, 3)
+
+    add("a", "b")
+    with pytest.raises(QueueFull):
+        add("c", "d")
+    assert database.get("c") is None
+    add("e")
+    assert database.get("e")
+
+
+def test_a_check_really_writes(database):
+    log = Path(f"{database.path}-wal")
+    before = log.stat().st_size
+    database.check_writable()
+    assert log.stat().st_size > before
+    assert database.pending_deletions() == []
+
+
+def test_seconds_of_calls_add_up(database):
+    for name in ("a", "b"):
+        database.add([NewTask(name, "p", "m", {})], 1_790_000_000.0)
+        task = database.claim(1_790_000_000.0)
+        database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
+    assert database.stats().upstream_seconds == 10.0
+
+
+def test_a_slow_call_is_in_no_bucket_below_it(database):
+    database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
+    task = database.claim(1_790_000_000.0)
+    database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
+    buckets = dict(database.stats().buckets)
+    assert (buckets[2.5], buckets[5.0], buckets[10.0], buckets[float("inf")]) == (0, 1, 1, 1)

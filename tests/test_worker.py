@@ -4,7 +4,6 @@ import itertools
 import os
 import socket
 import threading
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,8 +15,7 @@ import images
 import worker as queue
 from chutes import Chutes
 from db import DatabaseError
-from records import ALL_MODELS, Ending, Hold, QueueView
-from web.answers import waiting_for
+from records import ALL_MODELS, Ending
 from worker import backoff
 
 # What runs
@@ -641,15 +639,6 @@ def test_a_canceled_probe_leaves_the_hold_to_the_next(make, upstream):
     assert q.db.hold("m").probe == ids[0]
 
 
-def test_files_that_a_dead_process_left_behind_are_removed(make):
-    q = make().start()
-    task = q.until(q.add(), status="completed")
-    q.db.delete(task.id, 0)
-    q.clock.now += 61
-    wait_until(lambda: q.db.pending_deletions() == [])
-    assert q.files() == []
-
-
 def test_a_clock_that_was_set_back_before_the_start_is_noticed(make, upstream):
     fast = Clock()
     q = make(fast, RATE_LIMIT="1/60").start()
@@ -754,63 +743,3 @@ def test_the_backoff_grows_fourfold_to_300_seconds(attempts, seconds):
 
 def test_jitter_makes_it_longer(make):
     assert backoff(1, 4, 1) == 5
-
-
-def reason(q, task, **values):
-    queue_view = QueueView(0, 0, False, None, (), None)
-    return waiting_for(task, replace(queue_view, **values), q.config, q.clock())
-
-
-def test_a_time_gone_by_is_no_reason(make, clock):
-    q = make(clock=clock, CONCURRENCY=4)
-    task = replace(q.task(q.add()), not_before=clock.now, attempts=1, last_error="it broke")
-    due = (Hold("m", "Chutes has no free capacity for m", clock.now, 5, 0, None),)
-    assert reason(q, task, holds=due, processing=4) == "all 4 places are busy"
-    probed = (replace(due[0], probe="another"),)
-    said = "Chutes has no free capacity for m; one task is trying now"
-    assert reason(q, task, holds=probed, processing=4) == said
-
-
-def test_the_first_thing_that_would_have_to_change_is_named(make, clock):
-    q = make(clock=clock, CONCURRENCY=4, RATE_LIMIT="60/60")
-    soon = clock.now + 60
-    task = replace(q.task(q.add()), not_before=soon, attempts=1, last_error="it broke")
-    holds = (Hold(ALL_MODELS, "Chutes' daily quota is used up", soon, 5, 0, None),)
-    facts = {
-        "paused": True,
-        "pause_reason": "Chutes refused the API token (401)",
-        "holds": holds,
-        "next_start": soon,
-        "ahead": 2,
-        "processing": 4,
-    }
-    said = [reason(q, task, **facts)]
-    facts["pause_reason"] = None
-    said.append(reason(q, task, **facts))
-    facts["paused"] = False
-    said.append(reason(q, task, **facts))
-    facts["holds"] = ()
-    said.append(reason(q, task, **facts))
-    task = replace(task, not_before=None)
-    said.append(reason(q, task, **facts))
-    facts["next_start"] = None
-    said.append(reason(q, task, **facts))
-    facts["ahead"] = 1001
-    said.append(reason(q, task, **facts))
-    facts["ahead"] = 0
-    said.append(reason(q, task, **facts))
-    low = waiting_for(task, QueueView(0, 0, False, None, holds, soon), q.config, clock.now, True)
-    assert low == "less than 200 MB are free on the disk (MIN_FREE_MB)"
-    low = waiting_for(task, QueueView(0, 0, True, None, holds, soon), q.config, clock.now, True)
-    assert low == "the queue is paused"
-    at = datetime.fromtimestamp(soon, UTC)
-    assert said == [
-        "the queue is paused: Chutes refused the API token (401)",
-        "the queue is paused",
-        f"Chutes' daily quota is used up; next try at {at:%Y-%m-%d %H:%M:%S} UTC",
-        f"attempt 2 of 3 at {at:%H:%M:%S} UTC, after: it broke",
-        f"the rate limit of 60 in 60 s; next start at {at:%H:%M:%S} UTC",
-        "2 tasks ahead",
-        "more than 1000 tasks ahead",
-        "all 4 places are busy",
-    ]

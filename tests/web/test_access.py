@@ -3,11 +3,14 @@
 import hmac
 import re
 import sqlite3
+import threading
 import uuid
 
 import pytest
 from conftest import KEYS, finished, submit
 from upstream import refusal
+
+from web.access import Signer
 
 
 @pytest.fixture
@@ -271,3 +274,28 @@ def test_a_guarded_queue_works_as_any(serve, monkeypatch):
     client = serve(API_KEYS=KEYS)
     client.environ_base["HTTP_X_API_KEY"] = KEYS.split(",")[1]
     assert finished(client, submit(client))["status"] == "completed"
+
+
+# The secret that signs
+
+
+def test_processes_that_start_together_have_one_secret(tmp_path):
+    signatures, together = set(), threading.Barrier(8)
+
+    def begin():
+        together.wait(10)
+        signatures.add(Signer(tmp_path / "database").sign("a task"))
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(signatures) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["database.secret"]
+
+
+def test_a_secret_that_is_not_whole_stops_the_start(tmp_path):
+    (tmp_path / "database.secret").write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"database\.secret: must hold 32 bytes; remove it"):
+        Signer(tmp_path / "database")

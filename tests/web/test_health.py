@@ -1,14 +1,11 @@
 """Health, readiness, and the numbers for Prometheus."""
 
-from pathlib import Path
-
 import pytest
 from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, image_bytes, refusal
 
 from db import DatabaseError
-from records import Ending, NewTask
 
 
 def ready(client):
@@ -50,14 +47,6 @@ def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
 
     monkeypatch.setattr(client.application.extensions["database"], "check_writable", fail)
     problem_of(client, "The database cannot be written")
-
-
-def test_a_check_really_writes(database):
-    log = Path(f"{database.path}-wal")
-    before = log.stat().st_size
-    database.check_writable()
-    assert log.stat().st_size > before
-    assert database.pending_deletions() == []
 
 
 def test_a_disk_under_the_floor_is_told(serve):
@@ -138,22 +127,6 @@ def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream):
     assert found[("image_proxy_oldest_pending_seconds",)] > 86400
     for task_id in (first, waits):
         paused.post(f"/tasks/{task_id}/cancel")
-
-
-def test_seconds_of_calls_add_up(database):
-    for name in ("a", "b"):
-        database.add([NewTask(name, "p", "m", {})], 1_790_000_000.0)
-        task = database.claim(1_790_000_000.0)
-        database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
-    assert database.stats().upstream_seconds == 10.0
-
-
-def test_a_slow_call_is_in_no_bucket_below_it(database):
-    database.add([NewTask("a", "p", "m", {})], 1_790_000_000.0)
-    task = database.claim(1_790_000_000.0)
-    database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
-    buckets = dict(database.stats().buckets)
-    assert (buckets[2.5], buckets[5.0], buckets[10.0], buckets[float("inf")]) == (0, 1, 1, 1)
 
 
 def test_the_totals_outlive_a_restart_and_a_deleted_task(serve):

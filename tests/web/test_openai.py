@@ -18,8 +18,6 @@ from server import Server, memory
 from upstream import Answer, Upstream, closed_port, image_bytes, refusal, serving
 
 from db import DatabaseError
-from web.access import Signer
-from web.params import patience
 
 KEY = KEYS.split(",")[0]
 COLOURS = ("red", "green", "blue")
@@ -306,28 +304,6 @@ def test_an_address_is_good_over_processes_and_restarts(start):
     again, _ = start(API_KEYS=KEYS)
     assert fetch(url.replace(server.address, again.address)) == (200, image_bytes())
     assert secret.stat().st_mode & 0o777 == 0o600
-
-
-def test_processes_that_start_together_have_one_secret(tmp_path):
-    signatures, together = set(), threading.Barrier(8)
-
-    def begin():
-        together.wait(10)
-        signatures.add(Signer(tmp_path / "database").sign("a task"))
-
-    threads = [threading.Thread(target=begin) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(signatures) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["database.secret"]
-
-
-def test_a_secret_that_is_not_whole_stops_the_start(tmp_path):
-    (tmp_path / "database.secret").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"database\.secret: must hold 32 bytes; remove it"):
-        Signer(tmp_path / "database")
 
 
 BY_ADDRESS = {"prompt": "p", "response_format": "url"}
@@ -626,25 +602,6 @@ def test_a_client_that_tells_its_patience_is_answered_before_it_ends(client, ups
     with pytest.raises(openai.InternalServerError) as error:
         client.with_options(timeout=1).images.generate(prompt=PROMPT)
     assert error.value.status_code == 504
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, 280),
-        ({"X-Stainless-Read-Timeout": "600"}, 280),
-        ({"X-Stainless-Read-Timeout": "60"}, 58),
-        ({"X-Stainless-Read-Timeout": "60.5", "X-Stainless-Timeout": "30"}, 58.5),
-        ({"X-Stainless-Timeout": "30"}, 28),
-        ({"X-Stainless-Read-Timeout": "3"}, 1.5),
-        ({"X-Stainless-Timeout": "0"}, 0.25),
-        ({"X-Stainless-Read-Timeout": "nan", "X-Stainless-Timeout": "30"}, 28),
-    ],
-)
-def test_the_shorter_patience_counts_less_a_margin(serve, headers, seconds):
-    client = serve()
-    with client.application.test_request_context(headers=headers):
-        assert patience() == seconds
 
 
 @pytest.mark.parametrize("told", ["nan", "-1", "", "soon", "1e999"])

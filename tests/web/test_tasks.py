@@ -1,6 +1,8 @@
-"""Tasks and the queue over HTTP: list, look, cancel, retry, delete, pause."""
+"""Tasks and the queue over HTTP: submit, look, list, cancel, retry, delete, pause."""
 
+import hashlib
 import json
+import re
 import threading
 import time
 import uuid
@@ -8,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from conftest import finished, submit, wait_until
-from upstream import Answer, refusal
+from conftest import PROMPT, finished, submit, wait_until
+from upstream import Answer, image_bytes, refusal
 
 from records import ALL_MODELS
 
@@ -21,6 +23,117 @@ def failed(client, upstream, detail="no", prompt="p"):
     assert task["status"] == "failed"
     upstream.decide = lambda fields: Answer()
     return task
+
+
+# Submitting, and the status
+
+
+def test_a_prompt_becomes_a_picture_on_disk(client, upstream, tmp_path):
+    data = image_bytes("JPEG", (640, 480))
+    upstream.decide = lambda fields: Answer(body=data, headers={"Content-Type": "image/png"})
+    task = finished(client, submit(client))
+    path = Path(task["file_path"])
+    assert path == tmp_path / "outputs" / f"{task['id']}.jpg"
+    assert path.read_bytes() == data
+    assert task["image"] == {
+        "url": f"/images/{task['id']}",
+        "content_type": "image/jpeg",
+        "bytes": len(data),
+        "width": 640,
+        "height": 480,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_submitting_answers_as_the_original_did(client):
+    answer = client.post("/generate", json={"prompt": PROMPT})
+    assert answer.status_code == 202
+    assert list(answer.json) == ["id", "status", "message"]
+    assert str(uuid.UUID(answer.json["id"], version=4)) == answer.json["id"]
+    assert answer.json["status"] == "pending"
+    assert answer.json["message"] == "Task queued successfully"
+    assert answer.headers["Location"] == f"/status/{answer.json['id']}"
+
+
+def test_the_status_has_the_seven_keys_first_and_all_the_others(client, upstream):
+    task_id = submit(client, "füchse 🦊", width=512, seed=3, priority=2)
+    task = finished(client, task_id)
+    assert list(task) == [
+        *("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"),
+        *("error_code", "model", "params", "priority", "attempts", "queue_position"),
+        *("waiting_for", "started_at", "finished_at", "image", "retried_as"),
+    ]
+    assert (task["prompt"], task["status"], task["model"]) == (
+        "füchse 🦊",
+        "completed",
+        "qwen-image",
+    )
+    sent = upstream.calls[0]
+    assert {**task["params"], "model": "qwen-image", "prompt": "füchse 🦊"} == sent
+    assert "priority" not in sent
+    assert (task["priority"], task["attempts"], task["error"]) == (2, 1, None)
+    for name in ("created_at", "updated_at", "started_at", "finished_at"):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", task[name])
+
+
+def test_what_is_not_given_is_not_sent(client, upstream):
+    finished(client, submit(client))
+    assert upstream.calls == [
+        {
+            "model": "qwen-image",
+            "prompt": PROMPT,
+            "guidance_scale": 7.5,
+            "width": 1024,
+            "height": 1024,
+            "num_inference_steps": 20,
+        }
+    ]
+
+
+def test_a_prompt_of_markup_is_only_text(client, upstream):
+    prompt = "<script>alert(1)</script>\r\nX: y\x1b[31m'; DROP TABLE tasks; --\u202e"
+    assert finished(client, submit(client, prompt))["prompt"] == prompt
+    assert upstream.prompts() == [prompt]
+
+
+def test_a_pending_task_tells_its_place_and_why_it_waits(paused):
+    running = submit(paused)
+    wait_until(lambda: paused.get(f"/status/{running}").json["status"] == "processing")
+    first, second, third = (submit(paused) for _ in range(3))
+    waits = [paused.get(f"/status/{task}").json for task in (first, second, third)]
+    assert [task["queue_position"] for task in waits] == [1, 2, 3]
+    assert [task["waiting_for"] for task in waits] == [
+        "all 1 places are busy",
+        "1 task ahead",
+        "2 tasks ahead",
+    ]
+    task = paused.get(f"/status/{running}").json
+    assert (task["queue_position"], task["waiting_for"], task["file_path"]) == (None, None, None)
+
+
+def test_the_place_is_null_past_a_thousand(paused):
+    ids = [submit(paused) for _ in range(1003)]
+    running = wait_until(
+        lambda: [i for i in ids[:2] if paused.get(f"/status/{i}").json["status"] == "processing"]
+    )
+    assert running == ids[:1]
+    task = paused.get(f"/status/{ids[1000]}").json
+    assert (task["queue_position"], task["waiting_for"]) == (1000, "999 tasks ahead")
+    task = paused.get(f"/status/{ids[1001]}").json
+    assert (task["queue_position"], task["waiting_for"]) == (None, "1000 tasks ahead")
+    task = paused.get(f"/status/{ids[1002]}").json
+    assert (task["queue_position"], task["waiting_for"]) == (None, "more than 1000 tasks ahead")
+
+
+def test_a_higher_priority_goes_first(paused, upstream):
+    submit(paused, "running")
+    wait_until(lambda: upstream.calls)
+    for prompt, priority in (("low", -1), ("normal", 0), ("high", 100), ("high too", 100)):
+        submit(paused, prompt, priority=priority)
+    upstream.gate.set()
+    wait_until(lambda: len(upstream.calls) == 5)
+    assert upstream.prompts() == ["running", "high", "high too", "normal", "low"]
 
 
 # Listing
