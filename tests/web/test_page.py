@@ -1,0 +1,39 @@
+"""The files of the page, and of the page of the API document: who may have them, and how."""
+
+import pytest
+from conftest import KEYS
+
+FILES = ["/", "/page.css", "/page.js"]
+DOCS = ["/docs", "/docs/ui.css", "/docs/ui.js", "/docs/docs.js"]
+
+
+@pytest.mark.parametrize("path", FILES + DOCS)
+def test_the_files_need_no_key_and_let_nothing_in(serve, path):
+    client = serve(API_KEYS=KEYS)
+    answer = client.get(path)
+    assert answer.status_code == 200
+    policy = dict(
+        part.strip().split(" ", 1) for part in answer.headers["Content-Security-Policy"].split(";")
+    )
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+    assert policy["img-src"] == "'self' blob: data:"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    again = client.get(path, headers={"If-None-Match": answer.headers["ETag"]})
+    assert (again.status_code, again.headers["Cache-Control"]) == (304, "no-cache")
+
+
+def test_the_files_are_typed(client):
+    kinds = ["html", "css", "javascript", "html", "css", "javascript", "javascript"]
+    types = [client.get(path).content_type for path in FILES + DOCS]
+    assert types == [f"text/{kind}; charset=utf-8" for kind in kinds]
+
+
+@pytest.mark.parametrize("path", ["/openapi.json", *DOCS])
+def test_the_document_and_its_page_are_for_everybody_but_other_sites(serve, path):
+    anyone = serve(API_KEYS=KEYS)
+    assert anyone.get(path).status_code == 200
+    for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
+        assert anyone.get(path, headers=headers).status_code == 403
+    assert serve().get(path, headers={"Host": "evil.example"}).status_code == 403
