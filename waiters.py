@@ -65,6 +65,11 @@ class Waiters:
         """Return whether anyone has a slot."""
         return bool(self._taken)
 
+    @property
+    def count(self) -> int:
+        """Return how many threads wait now."""
+        return len(self._waiting)
+
     def ended(self, task_id: str) -> None:
         """Wake those who wait for this task."""
         self._wake(lambda waited_for: waited_for == task_id)

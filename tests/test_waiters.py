@@ -38,7 +38,7 @@ def wait():
 
 
 def waiting(waiters, count):
-    wait_until(lambda: len(waiters._waiting) == count)
+    wait_until(lambda: waiters.count == count)
 
 
 def test_the_end_of_a_task_wakes_its_waiters_and_no_others(wait):
@@ -86,7 +86,7 @@ def test_past_the_most_one_is_answered_at_once(wait):
 def test_a_place_is_free_again_when_the_time_is_over():
     waiters = Waiters(Ends("a").unfinished, 1)
     waiters.wait("a", 0.01)
-    assert waiters._waiting == []
+    assert waiters.count == 0
 
 
 def test_all_are_released_and_no_one_waits_any_more(wait):
@@ -106,4 +106,4 @@ def test_a_database_that_fails_leaves_no_waiter_behind():
     waiters = Waiters(fail, 1)
     with pytest.raises(OSError, match="disk"):
         waiters.wait("a", 60)
-    assert waiters._waiting == []
+    assert waiters.count == 0
