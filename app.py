@@ -44,8 +44,8 @@ class _Json(DefaultJSONProvider):
 def create_app(config: Config) -> Flask:
     """Build the application: open the database, but start no thread.
 
-    The worker is `app.extensions["worker"]`; who serves the application starts it, else
-    the first request does, and whoever is done with it calls `close(app)`.
+    Its worker is `app.extensions["service"].worker`; who serves the application starts it,
+    else the first request does, and whoever is done with it calls `close(app)`.
     """
     app = Flask(__name__, static_folder=None)
     # One byte more: Werkzeug ends a chunked body at its limit without a word.
@@ -57,7 +57,6 @@ def create_app(config: Config) -> Flask:
     database = Database(config.database_path)
     decoder = Decoder()
     worker = Worker(config, database, Chutes(config), decoder)
-    app.extensions.update(database=database, worker=worker, decoder=decoder)
     app.extensions["service"] = Service(config, database, worker, decoder, signer)
     if config.trusted_proxies:
         count = config.trusted_proxies
@@ -73,9 +72,10 @@ def create_app(config: Config) -> Flask:
 
 def close(app: Flask) -> None:
     """End what `create_app` and the worker began: calls, threads, then the database."""
-    app.extensions["worker"].stop()
-    app.extensions["decoder"].close()
-    app.extensions["database"].close()
+    parts: Service = app.extensions["service"]
+    parts.worker.stop()
+    parts.decoder.close()
+    parts.database.close()
 
 
 def __getattr__(name: str) -> Flask:
@@ -97,7 +97,7 @@ def _from_environment() -> Flask:
         print(error, file=sys.stderr)
         raise SystemExit(_GUNICORN_GIVES_UP) from error
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        _drain_when_told_to_stop(app.extensions["worker"])
+        _drain_when_told_to_stop(app.extensions["service"].worker)
     return app
 
 

@@ -97,7 +97,9 @@ def on_reload(server: Arbiter) -> None:
 
 def post_worker_init(worker: Any) -> None:
     """Let this process stand by for the queue, for as long as it serves its own master."""
-    worker.wsgi.extensions["worker"].start(lambda: worker.alive and os.getppid() == worker.ppid)
+    worker.wsgi.extensions["service"].worker.start(
+        lambda: worker.alive and os.getppid() == worker.ppid,
+    )
 
 
 def worker_exit(server: Arbiter, worker: Any) -> None:

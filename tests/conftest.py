@@ -117,33 +117,61 @@ def upstream():
         yield server
 
 
+class App:
+    """An application over the files of this test: a client of it, and its parts."""
+
+    def __init__(self, configure, **values):
+        self._configure = configure
+        self._values = values
+        self._build()
+
+    def _build(self):
+        self._app = create_app(self._configure(**self._values))
+        self._app.wsgi_app = read_whole(self._app.wsgi_app)
+        service = self._app.extensions["service"]
+        self.database, self.worker = service.database, service.worker
+        self.client = self._app.test_client()
+
+    def restart(self, **values):
+        """Stop it, and build it anew over the same files, with these settings changed."""
+        self.close()
+        self._values |= values
+        self._build()
+
+    def close(self):
+        close(self._app)
+
+
 @pytest.fixture
 def serve(configure, upstream):
-    """Return a maker of clients of an application of their own."""
+    """Return a maker of applications."""
     made = []
 
     def make(**values):
-        app = create_app(configure(CHUTES_API_URL=upstream.url, **values))
-        app.wsgi_app = read_whole(app.wsgi_app)
-        made.append(app)
-        return app.test_client()
+        made.append(App(configure, **{"CHUTES_API_URL": upstream.url, **values}))
+        return made[-1]
 
     yield make
     upstream.gate.set()
     for app in made:
-        close(app)
+        app.close()
 
 
 @pytest.fixture
-def client(serve):
+def app(serve):
     return serve()
+
+
+@pytest.fixture
+def client(app):
+    return app.client
 
 
 @pytest.fixture
 def paused(serve, upstream):
     """Return a client of an application whose calls do not return."""
     upstream.gate.clear()
-    return serve(CONCURRENCY=1, SHUTDOWN_GRACE=0)
+    return serve(CONCURRENCY=1, SHUTDOWN_GRACE=0).client
 
 
 @pytest.fixture

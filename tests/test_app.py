@@ -59,7 +59,7 @@ def test_an_echoed_token_is_in_no_answer_no_log_and_no_row(
     upstream.decide = lambda fields: refusal(
         status, f"no: {TOKEN}", X_Chutes_InvocationID=TOKEN, Retry_After=TOKEN
     )
-    client = serve(MAX_ATTEMPTS=1)
+    client = serve(MAX_ATTEMPTS=1).client
     task_id = submit(client)
     assert finished(client, task_id)["status"] == "failed"
     assert TOKEN not in client.get(f"/tasks/{task_id}").text

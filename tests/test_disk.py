@@ -96,13 +96,13 @@ def test_no_room_while_an_image_is_written(start, disk, upstream):
 
 @pytest.mark.parametrize("name", ["OUTPUT_DIR", "DATABASE_PATH"])
 def test_the_floor_is_that_of_either_disk(serve, disk, name):
-    client = serve(MIN_FREE_MB=30, **{name: disk / "there"})
+    client = serve(MIN_FREE_MB=30, **{name: disk / "there"}).client
     answer = client.post("/generate", json={"prompt": "p"})
     assert answer.status_code == 507
 
 
 def test_a_database_on_a_full_disk_is_not_ready(serve, disk):
-    client = serve(MIN_FREE_MB=0, DATABASE_PATH=disk / "tasks.sqlite3")
+    client = serve(MIN_FREE_MB=0, DATABASE_PATH=disk / "tasks.sqlite3").client
     client.get("/healthz")
     wait_until(lambda: client.get("/readyz").status_code == 200)
     ballast = fill(disk, 0)
@@ -117,7 +117,7 @@ def test_a_database_on_a_full_disk_is_not_ready(serve, disk):
 
 
 def test_under_the_floor_nothing_is_stored(serve):
-    client = serve(MIN_FREE_MB=10**9)
+    client = serve(MIN_FREE_MB=10**9).client
     answer = client.post("/generate", json={"prompt": "p"})
     assert answer.status_code == 507
     assert "MIN_FREE_MB" in answer.json["error"]
@@ -125,21 +125,19 @@ def test_under_the_floor_nothing_is_stored(serve):
     assert client.get("/tasks").json["tasks"] == []
 
 
-def test_under_the_floor_a_replay_has_its_task(serve):
+def test_under_the_floor_a_replay_has_its_task(app):
     headers = {"Idempotency-Key": "k"}
-    first = serve()
-    task_id = first.post("/generate", json={"prompt": "p"}, headers=headers).json["id"]
-    finished(first, task_id)
-    first.application.extensions["worker"].stop()
-    client = serve(MIN_FREE_MB=10**9)
+    task_id = app.client.post("/generate", json={"prompt": "p"}, headers=headers).json["id"]
+    finished(app.client, task_id)
+    app.restart(MIN_FREE_MB=10**9)
+    client = app.client
     assert client.post("/generate", json={"prompt": "p"}, headers=headers).json["id"] == task_id
     headers = {"Idempotency-Key": "another"}
     assert client.post("/generate", json={"prompt": "p"}, headers=headers).status_code == 507
     assert len(client.get("/tasks").json["tasks"]) == 1
 
 
-def test_a_page_of_tasks_looks_at_the_disk_once(serve, monkeypatch):
-    client = serve()
+def test_a_page_of_tasks_looks_at_the_disk_once(client, monkeypatch):
     client.post("/queue/pause")
     for _ in range(3):
         submit(client)
@@ -149,8 +147,7 @@ def test_a_page_of_tasks_looks_at_the_disk_once(serve, monkeypatch):
     assert len(looks) == 1
 
 
-def test_a_disk_that_hangs_keeps_no_other_writer_waiting(serve, monkeypatch):
-    client = serve()
+def test_a_disk_that_hangs_keeps_no_other_writer_waiting(app, client, monkeypatch):
     client.post("/queue/pause")
     hangs, goes_on = threading.Event(), threading.Event()
 
@@ -162,7 +159,7 @@ def test_a_disk_that_hangs_keeps_no_other_writer_waiting(serve, monkeypatch):
     thread = threading.Thread(target=submit, args=(client.application.test_client(),))
     thread.start()
     assert hangs.wait(10)
-    another = threading.Thread(target=client.application.extensions["database"].pause)
+    another = threading.Thread(target=app.database.pause)
     another.start()
     another.join(10)
     was_kept_waiting = another.is_alive()
@@ -172,15 +169,13 @@ def test_a_disk_that_hangs_keeps_no_other_writer_waiting(serve, monkeypatch):
     assert not was_kept_waiting
 
 
-def test_under_the_floor_no_task_is_retried(serve):
-    first = serve()
-    task_id = submit(first)
-    finished(first, task_id)
-    first.application.extensions["worker"].stop()
-    client = serve(MIN_FREE_MB=10**9)
+def test_under_the_floor_no_task_is_retried(app):
+    task_id = submit(app.client)
+    finished(app.client, task_id)
+    app.restart(MIN_FREE_MB=10**9)
     for path in (f"/tasks/{task_id}/retry", "/tasks/retry"):
-        assert client.post(path).status_code == 507
-    assert len(client.get("/tasks").json["tasks"]) == 1
+        assert app.client.post(path).status_code == 507
+    assert len(app.client.get("/tasks").json["tasks"]) == 1
 
 
 def test_under_the_floor_no_call_is_made(make, upstream):

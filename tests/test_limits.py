@@ -17,7 +17,7 @@ def count(client):
 
 
 def test_a_full_queue_refuses_and_stores_nothing(serve, upstream):
-    client = serve(MAX_PENDING=3)
+    client = serve(MAX_PENDING=3).client
     client.post("/queue/pause")
     ids = [submit(client) for _ in range(3)]
     answer = client.post("/generate", json={"prompt": "p"})
@@ -31,7 +31,7 @@ def test_a_full_queue_refuses_and_stores_nothing(serve, upstream):
 
 def test_a_retry_needs_room_too(serve, upstream):
     upstream.decide = lambda fields: refusal(400, "no")
-    client = serve(MAX_PENDING=2)
+    client = serve(MAX_PENDING=2).client
     ids = [submit(client) for _ in range(2)]
     ids += [finished(client, i) and submit(client) for i in ids]
     for task_id in ids:
@@ -47,7 +47,7 @@ def test_a_retry_needs_room_too(serve, upstream):
 
 
 def test_a_model_that_is_not_allowed_is_told_those_that_are(serve):
-    client = serve(MODELS="qwen-image, x/y")
+    client = serve(MODELS="qwen-image, x/y").client
     assert client.post("/generate", json={"prompt": "p", "model": "x/y"}).status_code == 202
     assert client.post("/generate", json={"prompt": "p"}).status_code == 202
     answer = client.post("/generate", json={"prompt": "p", "model": "z"})
@@ -55,16 +55,14 @@ def test_a_model_that_is_not_allowed_is_told_those_that_are(serve):
     assert "qwen-image, x/y" in answer.json["error"]
 
 
-def test_a_model_that_is_no_longer_allowed_is_not_retried(serve, upstream):
+def test_a_model_that_is_no_longer_allowed_is_not_retried(app, upstream):
     upstream.decide = lambda fields: refusal(400, "no")
-    client = serve()
-    task_id = submit(client, model="z")
-    finished(client, task_id)
-    client.application.extensions["worker"].stop()
-    client = serve(MODELS="qwen-image")
-    answer = client.post(f"/tasks/{task_id}/retry")
+    task_id = submit(app.client, model="z")
+    finished(app.client, task_id)
+    app.restart(MODELS="qwen-image")
+    answer = app.client.post(f"/tasks/{task_id}/retry")
     assert (answer.status_code, "qwen-image" in answer.json["error"]) == (400, True)
-    assert client.post("/tasks/retry").json == {"retried": 0}
+    assert app.client.post("/tasks/retry").json == {"retried": 0}
 
 
 # MAX_PER_DAY
@@ -95,7 +93,7 @@ def test_the_day_begins_at_midnight_itself(make, upstream, clock):
 
 
 def test_the_days_limit_is_told_over_http(serve, upstream):
-    client = serve(MAX_PER_DAY=1)
+    client = serve(MAX_PER_DAY=1).client
     finished(client, submit(client))
     task = client.get(f"/status/{submit(client)}").json
     assert task["waiting_for"].startswith("the limit of 1 calls a day (MAX_PER_DAY); next start")
@@ -112,7 +110,7 @@ def test_a_days_limit_counts_what_was_called_before_a_restart(make, upstream, cl
 
 
 def test_deleting_a_task_gives_no_call_back(serve, upstream):
-    client = serve(MAX_PER_DAY=1)
+    client = serve(MAX_PER_DAY=1).client
     task_id = submit(client)
     finished(client, task_id)
     assert client.delete(f"/tasks/{task_id}").status_code == 204

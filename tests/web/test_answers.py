@@ -21,9 +21,9 @@ def test_a_whole_number_of_the_quota_is_shown_as_such():
     assert text == '{"total":300,"used":1.5,"remaining":298.5}\n'
 
 
-def test_a_row_that_is_not_as_documented_is_shown_with_the_others(client):
+def test_a_row_that_is_not_as_documented_is_shown_with_the_others(app, client):
     ids = [finished(client, submit(client))["id"] for _ in range(2)]
-    with client.application.extensions["database"]._write() as connection:
+    with app.database._write() as connection:
         connection.execute(
             "UPDATE tasks SET created_at = 'long ago', error_code = 'new', width = -1 WHERE id = ?",
             ids[:1],

@@ -29,10 +29,10 @@ def failing(serve, monkeypatch):
         def fail(*_):
             raise error
 
-        client = serve(MAX_PENDING=7, MIN_FREE_MB=5, **values)
+        app = serve(MAX_PENDING=7, MIN_FREE_MB=5, **values)
         for name in ("get", "models"):
-            monkeypatch.setattr(client.application.extensions["database"], name, fail)
-        return client
+            monkeypatch.setattr(app.database, name, fail)
+        return app.client
 
     return make
 
@@ -76,22 +76,24 @@ def test_what_nobody_foresaw_is_logged_with_its_traceback(failing, logged):
 
 
 @pytest.mark.parametrize(("full", "status"), [(True, 507), (False, 503)])
-def test_a_database_that_fails_is_told_and_nothing_is_promised(client, monkeypatch, full, status):
+def test_a_database_that_fails_is_told_and_nothing_is_promised(
+    app, client, monkeypatch, full, status
+):
     def fail(*values):
         raise DatabaseError("The database cannot be written: disk", full=full)
 
-    monkeypatch.setattr(client.application.extensions["database"], "add", fail)
+    monkeypatch.setattr(app.database, "add", fail)
     answer = client.post("/generate", json={"prompt": "p"})
     assert answer.status_code == status
     assert "nothing was changed" in answer.json["error"]
     assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_a_defect_is_json_too(client, monkeypatch, caplog):
+def test_a_defect_is_json_too(app, client, monkeypatch, caplog):
     def fail(*values):
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr(client.application.extensions["database"], "get", fail)
+    monkeypatch.setattr(app.database, "get", fail)
     answer = client.get("/status/x")
     assert (answer.status_code, list(answer.json)) == (500, ["error"])
     assert "inside" not in answer.json["error"]

@@ -19,7 +19,7 @@ def test_it_lives(client):
 
 
 def test_its_life_is_no_secret(serve):
-    client = serve(API_KEYS="a-key")
+    client = serve(API_KEYS="a-key").client
     assert client.get("/healthz", headers={"Host": "10.0.0.7"}).status_code == 200
     for path in ("/readyz", "/metrics"):
         assert client.get(path).status_code == 401
@@ -41,16 +41,16 @@ def problem_of(client, words):
     assert int(answer.headers["Retry-After"]) > 0
 
 
-def test_a_database_that_cannot_be_written_is_told(client, monkeypatch):
+def test_a_database_that_cannot_be_written_is_told(app, client, monkeypatch):
     def fail():
         raise DatabaseError("The database cannot be written: disk I/O error")
 
-    monkeypatch.setattr(client.application.extensions["database"], "check_writable", fail)
+    monkeypatch.setattr(app.database, "check_writable", fail)
     problem_of(client, "The database cannot be written")
 
 
 def test_a_disk_under_the_floor_is_told(serve):
-    problem_of(serve(MIN_FREE_MB=10**9), "MIN_FREE_MB")
+    problem_of(serve(MIN_FREE_MB=10**9).client, "MIN_FREE_MB")
 
 
 def test_a_refused_token_is_told(client, upstream):
@@ -64,20 +64,20 @@ def test_a_pause_by_a_person_is_no_problem(client):
     wait_until(lambda: ready(client) == (200, []))
 
 
-def test_stopping_is_told(client):
+def test_stopping_is_told(app, client):
     client.get("/healthz")
     wait_until(lambda: ready(client) == (200, []))
-    client.application.extensions["worker"].stop()
+    app.worker.stop()
     assert ready(client) == (503, ["this process is stopping", "no process runs the queue"])
 
 
 def test_another_process_may_run_the_queue(serve):
     first, second = serve(), serve()
-    first.get("/healthz")
-    wait_until(lambda: ready(first) == (200, []))
-    assert ready(second) == (200, [])
-    second.application.extensions["worker"].stop()
-    assert ready(second) == (503, ["this process is stopping"])
+    first.client.get("/healthz")
+    wait_until(lambda: ready(first.client) == (200, []))
+    assert ready(second.client) == (200, [])
+    second.worker.stop()
+    assert ready(second.client) == (503, ["this process is stopping"])
 
 
 def numbers(client):
@@ -91,10 +91,9 @@ def numbers(client):
     }
 
 
-def test_the_numbers_are_those_of_the_database(serve, upstream):
+def test_the_numbers_are_those_of_the_database(client, upstream):
     data = image_bytes("PNG", (100, 80))
     upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer(body=data)
-    client = serve()
     for prompt in ("good", "good too", "bad"):
         finished(client, submit(client, prompt))
     client.post("/queue/pause")
@@ -119,8 +118,7 @@ def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream):
     first = submit(paused)
     wait_until(lambda: upstream.at_once == 1)
     waits = submit(paused)
-    database = paused.application.extensions["database"]
-    with database._write() as connection:
+    with paused.application.extensions["service"].database._write() as connection:
         connection.execute("UPDATE tasks SET created_at = '2026-01-01 00:00:00'")
     found = numbers(paused)
     assert found[("image_proxy_queue_depth",)] == 2
@@ -129,13 +127,12 @@ def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream):
         paused.post(f"/tasks/{task_id}/cancel")
 
 
-def test_the_totals_outlive_a_restart_and_a_deleted_task(serve):
-    first = serve()
-    task_id = submit(first)
-    size = finished(first, task_id)["image"]["bytes"]
-    first.delete(f"/tasks/{task_id}")
-    first.application.extensions["worker"].stop()
-    found = numbers(serve())
+def test_the_totals_outlive_a_restart_and_a_deleted_task(app):
+    task_id = submit(app.client)
+    size = finished(app.client, task_id)["image"]["bytes"]
+    app.client.delete(f"/tasks/{task_id}")
+    app.restart()
+    found = numbers(app.client)
     assert found[("image_proxy_image_bytes_total",)] == size
     assert found[("image_proxy_upstream_seconds_count",)] == 1
 

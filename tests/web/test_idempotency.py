@@ -62,15 +62,14 @@ def test_a_replay_after_the_end_pays_nothing(client, upstream):
     assert len(upstream.calls) == 1
 
 
-def test_a_key_outlives_a_restart(serve):
-    first = serve()
-    task_id = post(first, "k").json["id"]
-    first.application.extensions["worker"].stop()
-    assert post(serve(), "k").json["id"] == task_id
+def test_a_key_outlives_a_restart(app):
+    task_id = post(app.client, "k").json["id"]
+    app.restart()
+    assert post(app.client, "k").json["id"] == task_id
 
 
 def test_clients_with_keys_of_their_own_do_not_meet(serve):
-    client = serve(API_KEYS="one-client,another-client")
+    client = serve(API_KEYS="one-client,another-client").client
     ids = set()
     for key in ("one-client", "another-client", "one-client"):
         headers = {"Idempotency-Key": "k", "X-API-Key": key}
@@ -121,7 +120,7 @@ def test_fifty_at_once_make_one_task(client, upstream):
 
 
 def test_a_replay_needs_no_room(serve):
-    client = serve(MAX_PENDING=1)
+    client = serve(MAX_PENDING=1).client
     client.post("/queue/pause")
     task_id = post(client, "k").json["id"]
     assert post(client, "k").json["id"] == task_id

@@ -121,7 +121,7 @@ def test_a_part_beyond_the_end_is_refused(client, made):
 
 def test_a_picture_under_way_asks_to_come_again(serve, upstream):
     upstream.gate.clear()
-    client = serve(CONCURRENCY=1, SHUTDOWN_GRACE=0)
+    client = serve(CONCURRENCY=1, SHUTDOWN_GRACE=0).client
     tasks = [submit(client), submit(client)]
     wait_until(lambda: upstream.at_once == 1)
     for task_id, status in zip(tasks, ("processing", "pending"), strict=True):
@@ -163,11 +163,11 @@ def test_a_picture_spoiled_by_hand_has_no_thumbnail(client, made):
     assert client.get(f"/images/{task['id']}/thumbnail").status_code == 410
 
 
-def test_pictures_are_found_in_a_folder_that_has_moved(configure, serve, client, made, tmp_path):
+def test_pictures_are_found_in_a_folder_that_has_moved(app, made, tmp_path):
     task, data = made
     (tmp_path / "outputs").rename(tmp_path / "elsewhere")
-    moved = serve(OUTPUT_DIR="elsewhere")
-    assert moved.get(task["image"]["url"]).data == data
+    app.restart(OUTPUT_DIR="elsewhere")
+    assert app.client.get(task["image"]["url"]).data == data
 
 
 @pytest.mark.parametrize("path", ["/images/{}", "/images/{}.png", "/images/{}/thumbnail"])
@@ -257,8 +257,11 @@ def test_who_has_waited_may_come_again_at_once(paused, upstream):
     assert paused.get(f"/images/{task_id}?wait=1").headers["Retry-After"] == "1"
 
 
-def test_who_could_not_wait_uses_up_no_retries(paused, upstream):
-    task_id = submit(paused)
-    wait_until(lambda: upstream.at_once)
-    paused.application.extensions["worker"].waiters._maximum = 0
-    assert paused.get(f"/images/{task_id}?wait=60").headers["Retry-After"] == "10"
+def test_who_could_not_wait_uses_up_no_retries(serve):
+    app = serve(THREADS=2)
+    app.client.post("/queue/pause")
+    task_id = submit(app.client)
+    with app.worker.waiters.slot() as has_slot:
+        assert has_slot, "the only one"
+        answer = app.client.get(f"/images/{task_id}?wait=60")
+    assert answer.headers["Retry-After"] == "10"

@@ -4,10 +4,11 @@ import base64
 import re
 
 import pytest
-from conftest import KEYS, finished, submit
+from conftest import KEYS, submit
 from upstream import image_bytes
 
 from db import DatabaseError
+from images import Decoder
 
 KEY = KEYS.split(",")[0]
 
@@ -16,38 +17,35 @@ BY_ADDRESS = {"prompt": "p", "response_format": "url"}
 
 
 def test_the_address_is_the_public_one(serve):
-    client = serve(PUBLIC_URL="https://pictures.example")
+    client = serve(PUBLIC_URL="https://pictures.example").client
     made = client.post("/v1/images/generations", json=BY_ADDRESS)
     assert made.json["data"][0]["url"].startswith("https://pictures.example/images/")
 
 
 def test_the_address_is_as_a_trusted_proxy_tells_it(serve):
-    client = serve(TRUSTED_PROXIES=1, API_KEYS=KEYS)
+    client = serve(TRUSTED_PROXIES=1, API_KEYS=KEYS).client
     headers = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "pictures.example:8443"}
     headers["X-API-Key"] = KEY
     made = client.post("/v1/images/generations", json=BY_ADDRESS, headers=headers)
     assert made.json["data"][0]["url"].startswith("https://pictures.example:8443/images/")
 
 
-def test_other_routes_keep_their_form(serve):
-    assert serve().get("/v1").json == {"error": "There is no GET /v1 on this server"}
+def test_other_routes_keep_their_form(client):
+    assert client.get("/v1").json == {"error": "There is no GET /v1 on this server"}
 
 
 # What goes wrong
 
 
-def test_a_defect_of_the_server_is_its_own(serve, upstream, monkeypatch):
-    client = serve()
-    monkeypatch.setattr(client.application.extensions["decoder"], "inspect", lambda *values: 1 / 0)
+def test_a_defect_of_the_server_is_its_own(client, monkeypatch):
+    monkeypatch.setattr(Decoder, "inspect", lambda *values: 1 / 0)
     answer = client.post("/v1/images/generations", json={"prompt": "p"})
     assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal")
 
 
-def test_a_defect_has_openais_form_and_is_not_tried_again(serve, monkeypatch):
-    client = serve()
-    queue = client.application.extensions["worker"]
-    monkeypatch.setattr(queue.waiters, "wait_for_any", lambda ids, seconds: 1 / 0)
-    monkeypatch.setattr(queue, "wake", lambda: None)
+def test_a_defect_has_openais_form_and_is_not_tried_again(app, client, monkeypatch):
+    monkeypatch.setattr(app.worker.waiters, "wait_for_any", lambda ids, seconds: 1 / 0)
+    monkeypatch.setattr(app.worker, "wake", lambda: None)
     client.post("/queue/pause")
     answer = client.post("/v1/images/generations", json={"prompt": "p"})
     assert answer.status_code == 500
@@ -57,26 +55,24 @@ def test_a_defect_has_openais_form_and_is_not_tried_again(serve, monkeypatch):
     assert task["id"] in answer.json["error"]["message"]
 
 
-def test_a_database_that_fails_once_the_tasks_are_stored_names_them(serve, monkeypatch):
-    client = serve()
-    database = client.application.extensions["database"]
+def test_a_database_that_fails_once_the_tasks_are_stored_names_them(app, client, monkeypatch):
     client.post("/queue/pause")
 
     def fail(task_id):
         raise DatabaseError("The database cannot be read: disk I/O error")
 
-    monkeypatch.setattr(database, "get", fail)
+    monkeypatch.setattr(app.database, "get", fail)
     answer = client.post("/v1/images/generations", json={"prompt": "p", "n": 2})
     assert answer.status_code == 503
     assert answer.headers["X-Should-Retry"] == "false"
     assert "Retry-After" not in answer.headers
-    ids = {task.id for task in database.list_tasks(None, None, None, 9)}
+    ids = {task.id for task in app.database.list_tasks(None, None, None, 9)}
     assert len(ids) == 2
     assert all(task_id in answer.json["error"]["message"] for task_id in ids)
 
 
 def test_under_the_floor_of_the_disk_nothing_is_stored(serve):
-    client = serve(MIN_FREE_MB=10**9)
+    client = serve(MIN_FREE_MB=10**9).client
     answer = client.post("/v1/images/generations", json={"prompt": "p", "n": 2})
     assert (answer.status_code, answer.json["error"]["type"]) == (507, "server_error")
     assert "MIN_FREE_MB" in answer.json["error"]["message"]
@@ -88,26 +84,24 @@ def test_under_the_floor_of_the_disk_nothing_is_stored(serve):
 
 
 def test_a_replay_needs_no_room_in_the_queue_or_on_the_disk(serve):
-    client = serve(MAX_PENDING=1)
+    app = serve(MAX_PENDING=1)
     headers = {"Idempotency-Key": "k"}
 
     def post(**fields):
         body = {"prompt": "p", **fields}
-        return client.post("/v1/images/generations", json=body, headers=headers)
+        return app.client.post("/v1/images/generations", json=body, headers=headers)
 
     first = post()
-    client.post("/queue/pause")
-    submit(client)
+    app.client.post("/queue/pause")
+    submit(app.client)
     assert post(size="auto", stream=False).json["data"] == first.json["data"]
-    client.application.extensions["worker"].stop()
-    client = serve(MIN_FREE_MB=10**9)
+    app.restart(MIN_FREE_MB=10**9)
     assert post().json["data"] == first.json["data"]
     assert post(size="512x512").status_code == 422
 
 
 @pytest.mark.parametrize("form", ["b64_json", "url"])
-def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path, form):
-    client = serve()
+def test_a_picture_whose_file_is_gone_is_said_to_be(client, tmp_path, form):
     headers = {"Idempotency-Key": "k"}
     body = {"prompt": "p", "response_format": form}
     assert client.post("/v1/images/generations", json=body, headers=headers).status_code == 200
@@ -119,8 +113,7 @@ def test_a_picture_whose_file_is_gone_is_said_to_be(serve, tmp_path, form):
     assert answer.headers["Idempotent-Replayed"] == "true"
 
 
-def test_a_task_that_was_deleted_is_said_to_be(serve):
-    client = serve()
+def test_a_task_that_was_deleted_is_said_to_be(client):
     headers = {"Idempotency-Key": "k"}
     body = {"prompt": "p", "response_format": "url"}
     made = client.post("/v1/images/generations", json=body, headers=headers)
@@ -130,13 +123,10 @@ def test_a_task_that_was_deleted_is_said_to_be(serve):
     assert (answer.status_code, answer.json["error"]["code"]) == (409, "deleted")
 
 
-def test_pictures_are_found_where_they_were_moved(serve, tmp_path):
-    client = serve()
-    finished(client, submit(client))
+def test_pictures_are_found_where_they_were_moved(app, tmp_path):
     headers = {"Idempotency-Key": "k"}
-    client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
-    client.application.extensions["worker"].stop()
+    app.client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
     (tmp_path / "outputs").rename(tmp_path / "moved")
-    client = serve(OUTPUT_DIR="moved")
-    answer = client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
+    app.restart(OUTPUT_DIR="moved")
+    answer = app.client.post("/v1/images/generations", json={"prompt": "p"}, headers=headers)
     assert base64.b64decode(answer.json["data"][0]["b64_json"]) == image_bytes()

@@ -59,9 +59,13 @@ PROMISED = {
 
 
 @pytest.fixture
-def api(serve, monkeypatch):
-    client = serve(MAX_ATTEMPTS=1, OPENAI_WAIT=1)
-    waiters = client.application.extensions["worker"].waiters
+def app(serve):
+    return serve(MAX_ATTEMPTS=1, OPENAI_WAIT=1)
+
+
+@pytest.fixture
+def api(app, monkeypatch):
+    waiters = app.worker.waiters
     wait = waiters.wait
 
     def wait_a_little(task_id, seconds, **values):
@@ -76,7 +80,7 @@ def api(serve, monkeypatch):
         for path, checks in PROMISED.items()
     ]
     config = schemathesis.Config.from_dict({"operations": operations})
-    return schemathesis.openapi.from_wsgi("/openapi.json", client.application, config=config)
+    return schemathesis.openapi.from_wsgi("/openapi.json", app.client.application, config=config)
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
@@ -89,11 +93,9 @@ def test_every_operation_does_as_the_document_says(api, path, method, mode):
     check()
 
 
-def test_every_path_through_the_links_does_as_the_document_says(api):
-    database = api.app.extensions["database"]
-
+def test_every_path_through_the_links_does_as_the_document_says(api, app):
     def has_settled():
-        queue = database.queue(time.time())
+        queue = app.database.queue(time.time())
         return queue.paused or not queue.pending + queue.processing
 
     class Client(api.as_state_machine()):
@@ -135,7 +137,7 @@ def test_the_keys_are_in_the_document_where_there_are_any():
 
 
 def test_what_needs_no_key_is_as_the_document_says(serve):
-    client = serve(API_KEYS=KEYS)
+    client = serve(API_KEYS=KEYS).client
     for path, item in document(API_KEYS=KEYS)["paths"].items():
         for method, operation in item.items():
             answer = client.open(path.replace("{id}", "x"), method=method.upper())

@@ -9,7 +9,7 @@ DOCS = ["/docs", "/docs/ui.css", "/docs/ui.js", "/docs/docs.js"]
 
 @pytest.mark.parametrize("path", FILES + DOCS)
 def test_the_files_need_no_key_and_let_nothing_in(serve, path):
-    client = serve(API_KEYS=KEYS)
+    client = serve(API_KEYS=KEYS).client
     answer = client.get(path)
     assert answer.status_code == 200
     policy = dict(
@@ -32,8 +32,8 @@ def test_the_files_are_typed(client):
 
 @pytest.mark.parametrize("path", ["/openapi.json", *DOCS])
 def test_the_document_and_its_page_are_for_everybody_but_other_sites(serve, path):
-    anyone = serve(API_KEYS=KEYS)
+    anyone = serve(API_KEYS=KEYS).client
     assert anyone.get(path).status_code == 200
     for headers in ({"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}):
         assert anyone.get(path, headers=headers).status_code == 403
-    assert serve().get(path, headers={"Host": "evil.example"}).status_code == 403
+    assert serve().client.get(path, headers={"Host": "evil.example"}).status_code == 403

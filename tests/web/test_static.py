@@ -35,14 +35,13 @@ def browser():
 
 
 class Site:
-    """The application, served on a socket; `client` reaches it without the browser."""
+    """An application, served on a socket; `client` reaches it without the browser."""
 
-    def __init__(self, client):
-        self.client = client
-        self.server = make_server("127.0.0.1", 0, client.application, threaded=True)
+    def __init__(self, app):
+        self.client, self.database = app.client, app.database
+        self.server = make_server("127.0.0.1", 0, app.client.application, threaded=True)
         self.server.daemon_threads = True
         self.address = f"http://127.0.0.1:{self.server.port}"
-        self.database = client.application.extensions["database"]
 
 
 @pytest.fixture

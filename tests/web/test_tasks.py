@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -226,7 +226,7 @@ def test_the_first_of_two_parameters_of_one_name_counts(client):
 
 
 def test_a_task_tells_what_happened_call_by_call(serve, upstream):
-    client = serve(RETRY_BACKOFF=0.01)
+    client = serve(RETRY_BACKOFF=0.01).client
     answers = iter([refusal(500, "no"), Answer(headers={"X-Chutes-InvocationID": "inv-2"})])
     upstream.decide = lambda fields: next(answers)
     task = finished(client, submit(client))
@@ -271,22 +271,15 @@ def test_a_wait_that_is_over_answers_as_without_one(paused, upstream):
     assert (answer.status_code, answer.json["status"]) == (200, "processing")
 
 
-def test_a_wait_for_a_task_that_is_deleted_ends(paused, upstream):
-    submit(paused)
-    wait_until(lambda: upstream.at_once)
-    task_id = submit(paused)
-    answers = []
-    thread = threading.Thread(
-        target=lambda: answers.append(
-            paused.application.test_client().get(f"/status/{task_id}?wait=60")
-        )
-    )
-    thread.start()
-    waiters = paused.application.extensions["worker"].waiters
-    wait_until(lambda: waiters._waiting)
-    assert paused.delete(f"/tasks/{task_id}").status_code == 204
-    thread.join(10)
-    assert answers[0].status_code == 404
+def test_a_wait_for_a_task_that_is_deleted_ends(app, client):
+    client.post("/queue/pause")
+    task_id = submit(client)
+    other = client.application.test_client()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(other.get, f"/status/{task_id}?wait=60")
+        wait_until(lambda: app.worker.waiters.count == 1)
+        assert client.delete(f"/tasks/{task_id}").status_code == 204
+        assert answer.result(10).status_code == 404
 
 
 # Cancel
@@ -305,7 +298,7 @@ def test_a_pending_task_is_canceled_at_once(paused, upstream):
     assert "unwanted" not in upstream.prompts()
 
 
-def test_a_cancel_cuts_the_call_that_is_under_way(paused, upstream):
+def test_a_cancel_cuts_the_call_that_is_under_way(paused, upstream, tmp_path):
     task_id = submit(paused, "unwanted")
     wait_until(lambda: upstream.at_once)
     answer = paused.post(f"/tasks/{task_id}/cancel")
@@ -315,8 +308,7 @@ def test_a_cancel_cuts_the_call_that_is_under_way(paused, upstream):
     assert upstream.at_once == 0
     calls = paused.get(f"/tasks/{task_id}").json["calls"]
     assert [call["outcome"] for call in calls] == ["canceled"]
-    outputs = Path(paused.application.extensions["worker"]._config.output_dir)
-    assert list(outputs.iterdir()) == []
+    assert list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_a_place_that_a_cancel_frees_is_used(paused, upstream):
@@ -335,18 +327,16 @@ def test_an_ended_task_stays_as_it_is(client, upstream):
     assert client.post(f"/tasks/{bad['id']}/cancel").json == bad
 
 
-def test_a_task_that_is_being_canceled_has_no_next_attempt(client, upstream):
-    database = client.application.extensions["database"]
-
+def test_a_task_that_is_being_canceled_has_no_next_attempt(app, client, upstream, monkeypatch):
     def cancel_meanwhile(fields):
-        database.cancel(task_id, time.time())
+        app.database.cancel(task_id, time.time())
         return refusal(500, "try again")
 
     upstream.gate.clear()
     task_id = submit(client)
     wait_until(lambda: upstream.at_once)
     # The mark of the cancel without its cut: as if the answer had come at that instant.
-    client.application.extensions["worker"]._cancel_requested = lambda: None
+    monkeypatch.setattr(app.database, "canceling", list)
     upstream.decide = cancel_meanwhile
     upstream.gate.set()
     assert finished(client, task_id)["error_code"] == "canceled"
@@ -387,7 +377,7 @@ def test_a_task_that_has_not_ended_is_not_retried(paused, upstream):
 
 
 def test_all_that_failed_are_retried_once(serve, upstream):
-    client = serve(CONCURRENCY=1, MAX_ATTEMPTS=1)
+    client = serve(CONCURRENCY=1, MAX_ATTEMPTS=1).client
     for n in range(3):
         failed(client, upstream, prompt=f"p{n}")
     upstream.decide = lambda fields: Answer(body=b"no image")
@@ -402,11 +392,10 @@ def test_all_that_failed_are_retried_once(serve, upstream):
     assert upstream.prompts()[-4:] == ["p0", "p1", "p2", "other"]
 
 
-def test_what_fails_meanwhile_is_not_retried_for_ever(client, upstream, monkeypatch):
+def test_what_fails_meanwhile_is_not_retried_for_ever(app, client, upstream, monkeypatch):
     failed(client, upstream)
     upstream.decide = lambda fields: refusal(400, "no")
-    database = client.application.extensions["database"]
-    step = database.retry_failed
+    step = app.database.retry_failed
 
     def until_all_have_failed(*values, **options):
         retried = step(*values, **options)
@@ -414,15 +403,14 @@ def test_what_fails_meanwhile_is_not_retried_for_ever(client, upstream, monkeypa
         wait_until(lambda: client.get("/queue").json["processing"] == 0)
         return retried
 
-    monkeypatch.setattr(database, "retry_failed", until_all_have_failed)
+    monkeypatch.setattr(app.database, "retry_failed", until_all_have_failed)
     assert client.post("/tasks/retry").json == {"retried": 1}
     assert len(upstream.calls) == 2
 
 
-def test_more_failures_than_one_step_takes_are_all_retried(client):
-    database = client.application.extensions["database"]
-    database.pause()
-    with database._write() as connection:
+def test_more_failures_than_one_step_takes_are_all_retried(app, client):
+    app.database.pause()
+    with app.database._write() as connection:
         connection.executemany(
             """INSERT INTO tasks (id, prompt, model, params, priority, status, error_code,
                                   created_at, updated_at)
@@ -472,32 +460,31 @@ def test_a_task_under_way_is_not_deleted(paused, upstream):
     assert finished(paused, task_id)["status"] == "completed"
 
 
-def test_who_comes_second_to_delete_or_retry_is_told_that_it_is_gone(client, monkeypatch):
+def test_who_comes_second_to_delete_or_retry_is_told_that_it_is_gone(app, client, monkeypatch):
     task = finished(client, submit(client))
-    database = client.application.extensions["database"]
     for name, method, path in (("get", "DELETE", ""), ("get", "POST", "/retry")):
-        known, looks = getattr(database, name), []
+        known, looks = getattr(app.database, name), []
 
         def slow(task_id, known=known, looks=looks):
             found = known(task_id)
             if not looks.append(1) and len(looks) == 1:
-                database.delete(task_id, 0)
+                app.database.delete(task_id, 0)
             return found
 
-        monkeypatch.setattr(database, name, slow)
+        monkeypatch.setattr(app.database, name, slow)
         answer = client.open(f"/tasks/{task['id']}{path}", method=method)
         monkeypatch.undo()
         assert (answer.status_code, answer.json) == (404, {"error": "Task not found"})
         task = finished(client, submit(client))
 
 
-def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
-    client = serve()
-    task = finished(client, submit(client))
-    client.application.extensions["worker"].stop()
-    assert client.application.extensions["database"].delete(task["id"], 0)
+def test_a_death_between_row_and_files_leaves_no_file(app):
+    task = finished(app.client, submit(app.client))
+    app.worker.stop()
+    assert app.database.delete(task["id"], 0)
     assert Path(task["file_path"]).exists()
-    finished(serve(), submit(serve()))
+    app.restart()
+    finished(app.client, submit(app.client))
     assert not Path(task["file_path"]).exists()
 
 
@@ -506,7 +493,7 @@ def test_a_death_between_row_and_files_leaves_no_file(serve, tmp_path):
 
 def test_the_queue_tells_how_it_stands(serve, upstream):
     upstream.gate.clear()
-    client = serve(CONCURRENCY=2, RATE_LIMIT="90/60", SHUTDOWN_GRACE=0)
+    client = serve(CONCURRENCY=2, RATE_LIMIT="90/60", SHUTDOWN_GRACE=0).client
     assert client.get("/queue").json == {
         "pending": 0,
         "processing": 0,
@@ -541,14 +528,12 @@ def test_a_paused_queue_starts_nothing_until_it_is_resumed(client, upstream):
     assert finished(client, task_id)["status"] == "completed"
 
 
-def test_a_pause_outlives_a_restart(serve, upstream):
-    first = serve()
-    first.post("/queue/pause")
-    first.application.extensions["worker"].stop()
-    second = serve()
-    task_id = submit(second)
-    assert second.get(f"/status/{task_id}?wait=1").json["waiting_for"] == "the queue is paused"
-    assert second.get("/queue").json["paused"] is True
+def test_a_pause_outlives_a_restart(app, upstream):
+    app.client.post("/queue/pause")
+    app.restart()
+    task_id = submit(app.client)
+    assert app.client.get(f"/status/{task_id}?wait=1").json["waiting_for"] == "the queue is paused"
+    assert app.client.get("/queue").json["paused"] is True
     assert upstream.calls == []
 
 
