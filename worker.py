@@ -40,6 +40,7 @@ POLL_SECONDS = 0.02
 MAX_BACKOFF = 300.0
 # A call reaches Chutes a little after it was claimed, and not always equally late.
 RATE_MARGIN = 0.25
+RETRY_SECONDS = 1.0
 _CANCEL_SECONDS = 5.0
 _DISK_POLL_SECONDS = 1.0
 _PURGE_SECONDS = 60.0
@@ -403,7 +404,7 @@ class Worker:
     def _write_until_accepted(
         self, write: Callable[[], object], gives_up: Callable[[], bool]
     ) -> None:
-        """Write to the database, again each second until it takes it or `gives_up` says so."""
+        """Write, again every RETRY_SECONDS until the database takes it or `gives_up` says so."""
         while True:
             try:
                 write()
@@ -412,7 +413,7 @@ class Worker:
                 log.error("the queue waits for its database: %s", error)
             except Exception:
                 log.exception("internal server error; what it stopped is tried again")
-            if gives_up() or self._is_over.wait(1):
+            if gives_up() or self._is_over.wait(RETRY_SECONDS):
                 return
 
     def _recover(self) -> None:

@@ -39,8 +39,7 @@ def test_the_pool_never_holds_what_it_does_not_run(make, upstream):
     for _ in range(50):
         q.add()
     wait_until(lambda: upstream.at_once == 2)
-    assert len(q.worker._running) == 2
-    assert len(q.db.orphans()) == 2
+    assert not ever(lambda: len(q.db.orphans()) > 2)
 
 
 def test_first_in_first_out(make, upstream):
@@ -322,7 +321,6 @@ def test_a_folder_that_is_none_fails_the_task_and_frees_its_place(make, upstream
     ids = [q.add() for _ in range(3)]
     assert [q.ended(task_id).error_code for task_id in ids] == ["storage"] * 3
     assert upstream.calls == []
-    wait_until(lambda: not q.worker._running)
 
 
 def test_a_folder_that_was_removed_is_made_again(make):
@@ -391,14 +389,14 @@ def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream,
         return finish(*args)
 
     monkeypatch.setattr(q.db, "finish", flaky)
-    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
+    monkeypatch.setattr(queue, "RETRY_SECONDS", 0.01)
     q.start()
     q.until(q.add(), status="completed")
     assert len(upstream.calls) == 1
 
 
-def test_an_end_that_was_written_without_a_word_keeps_its_image(make, upstream, monkeypatch):
-    q = make()
+def test_an_end_that_was_written_without_a_word_keeps_its_image(make, monkeypatch):
+    q = make(SHUTDOWN_GRACE=30)
     finish, silences = q.db.finish, [1]
 
     def silent(*args):
@@ -409,27 +407,23 @@ def test_an_end_that_was_written_without_a_word_keeps_its_image(make, upstream, 
         return is_ours
 
     monkeypatch.setattr(q.db, "finish", silent)
-    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
+    monkeypatch.setattr(queue, "RETRY_SECONDS", 0.01)
     q.start()
     task = q.until(q.add(), status="completed")
-    wait_until(lambda: not q.worker._running)
+    q.worker.stop()
+    assert silences == []
     assert q.files() == [f"{task.id}.png"]
-
-
-class QuickEvent(threading.Event):
-    def wait(self, timeout=None):
-        return super().wait(0.01)
 
 
 def test_a_picture_that_is_no_longer_wanted_leaves_no_file(make, upstream):
     upstream.gate.clear()
-    q = make().start()
-    task = q.task(q.add())
+    q = make(SHUTDOWN_GRACE=30).start()
+    task_id = q.add()
     wait_until(lambda: upstream.at_once)
-    task = q.task(task.id)
+    task = q.task(task_id)
     q.db.finish(task, Ending("canceled", "failed", error="by hand"), q.clock())
     upstream.gate.set()
-    wait_until(lambda: not q.worker._running)
+    q.worker.stop()
     assert q.files() == []
     assert q.task(task.id).error_code == "canceled"
 
@@ -604,7 +598,7 @@ def test_what_was_taken_back_does_not_end_the_next_attempt(make, upstream):
     q.start()
     wait_until(lambda: upstream.at_once == 1)
     assert not ever(lambda: len(upstream.calls) > 1)
-    assert list(q.worker._running) == [task.id for task in q.db.orphans()] == ids[:1]
+    assert [task.id for task in q.db.orphans()] == ids[:1]
     upstream.gate.set()
     for task_id in ids:
         q.until(task_id, status="completed")
@@ -618,8 +612,7 @@ def test_a_cancel_is_heard_while_it_drains(make, upstream):
     wait_until(lambda: upstream.at_once)
     q.worker.drain()
     q.worker.cancel(task_id)
-    q.worker._thread.join(10)
-    assert not q.worker._thread.is_alive()
+    wait_until(lambda: not q.worker.is_run_by_any())
     assert q.task(task_id).error_code == "canceled"
 
 
@@ -666,8 +659,9 @@ def test_nothing_is_claimed_once_it_is_no_longer_wanted(make, upstream):
     for _ in range(4):
         q.add()
     q.worker.start(lambda: not q.db.orphans())
-    q.worker._thread.join(20)
-    assert len(q.outcomes()) == 1
+    wait_until(q.outcomes)
+    wait_until(lambda: not q.worker.is_run_by_any())
+    assert q.outcomes() == ["shutdown"]
 
 
 def test_stopping_ends_every_thread_and_frees_the_lock(make):
@@ -683,15 +677,14 @@ def test_stopping_ends_every_thread_and_frees_the_lock(make):
 def test_it_stops_while_its_database_fails(make, monkeypatch):
     q = make()
     tries = []
-    monkeypatch.setattr(q.worker, "_is_over", QuickEvent())
+    monkeypatch.setattr(queue, "RETRY_SECONDS", 0.01)
     monkeypatch.setattr(
         q.db, "reset_run_state", lambda *values: tries.append(1) or raising(DatabaseError("gone"))
     )
     q.start()
     wait_until(lambda: len(tries) > 1)
     q.worker.drain()
-    q.worker._thread.join(10)
-    assert not q.worker._thread.is_alive()
+    wait_until(lambda: not q.worker.is_run_by_any())
 
 
 def test_a_stopped_worker_does_not_start_again(make, upstream):
@@ -725,8 +718,7 @@ def test_it_drains_as_soon_as_it_is_no_longer_wanted(make, upstream):
     q.until(q.add(), status="completed")
     wanted.clear()
     q.add()
-    q.worker._thread.join(10)
-    assert not q.worker._thread.is_alive()
+    wait_until(lambda: not q.worker.is_run_by_any())
     assert len(upstream.calls) == 1
 
 
