@@ -112,17 +112,18 @@ def test_a_decompression_bomb_is_only_too_large(tmp_path):
 
 def test_only_one_picture_is_decoded_at_a_time(tmp_path, monkeypatch):
     path = saved(tmp_path / "x", image_bytes())
-    decode, inside, most = images._decode, [], []
+    load, inside, most = ImageFile.ImageFile.load, [], []
 
-    def watched(*args):
+    def watched(image):
         inside.append(1)
         most.append(len(inside))
+        threading.Event().wait(0.01)  # Another thread would come in meanwhile.
         try:
-            return decode(*args)
+            return load(image)
         finally:
             inside.pop()
 
-    monkeypatch.setattr(images, "_decode", watched)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
     decoder = images.Decoder()
     threads = [threading.Thread(target=decoder.inspect, args=(path,)) for _ in range(8)]
     for thread in threads:
