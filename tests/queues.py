@@ -3,6 +3,7 @@
 import threading
 import uuid
 
+import rows
 from conftest import wait_until
 
 import images
@@ -62,9 +63,8 @@ class Queue:
         return sorted(file.name for file in self.config.output_dir.iterdir())
 
     def outcomes(self):
-        with self.db._read() as connection:
-            sql = "SELECT outcome FROM calls ORDER BY started, number"
-            return [row[0] for row in connection.execute(sql).fetchall()]
+        sql = "SELECT outcome FROM calls ORDER BY started, number"
+        return [outcome for (outcome,) in rows.read(self.db.path, sql)]
 
     def close(self):
         self.worker.stop()

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import rows
 from conftest import PROMPT, TOKEN, check_lines, wait_until
 from upstream import closed_port
 
@@ -152,11 +152,7 @@ class Server:
         check_lines(self.log())
 
     def rows(self, sql):
-        connection = sqlite3.connect(f"file:{self.folder}/tasks.sqlite3?mode=ro", uri=True)
-        try:
-            return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
+        return rows.read(self.folder / "tasks.sqlite3", sql)
 
     def check_files(self, tasks):
         """Assert that each completed task has its whole file, and that there is no other."""

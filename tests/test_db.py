@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import rows
 
-import db
 from db import Database, DatabaseError
 from records import (
     ALL_MODELS,
@@ -115,20 +115,12 @@ def test_failed_tells_why(database):
     assert (task.status, task.error_code, task.error) == ("failed", "storage", "no folder")
 
 
-def rows(database, sql):
-    connection = sqlite3.connect(database.path)
-    try:
-        return connection.execute(sql).fetchall()
-    finally:
-        connection.close()
-
-
 def test_a_call_keeps_what_chutes_said(database):
     add(database, "a")
     end = replace(FAILED, seconds=0.5, reply=Reply(400, "inv-1", (300, 7, 293)))
     database.finish(database.claim(NOW), end, NOW)
     assert database.queue(NOW).quota == (300, 7, 293)
-    assert rows(database, "SELECT seconds, http_status, invocation_id FROM calls") == [
+    assert rows.read(database.path, "SELECT seconds, http_status, invocation_id FROM calls") == [
         (0.5, 400, "inv-1")
     ]
 
@@ -249,7 +241,7 @@ def test_calls_of_a_deleted_task_still_count_for_the_limits(database):
         task = database.claim(now)
         database.finish(task, FAILED, now)
         assert database.delete(task.id, NOW - 50)
-    assert rows(database, "SELECT task FROM calls") == [("b",)]
+    assert rows.read(database.path, "SELECT task FROM calls") == [("b",)]
     assert database.calls_since(NOW - 50, 9) == 1
 
 
@@ -263,14 +255,15 @@ def test_calls_of_deleted_tasks_are_purged_in_steps_and_no_others(database):
     while last := database.purge_calls(last, NOW + 1, limit=1):
         looks += 1
     assert looks == 4
-    assert rows(database, "SELECT task FROM calls ORDER BY task") == [("b",), ("d",)]
+    assert rows.read(database.path, "SELECT task FROM calls ORDER BY task") == [("b",), ("d",)]
     assert database.purge_calls((0.0, "", 0), NOW) is None, "what a limit may need is not looked at"
 
 
-def test_calls_are_purged_by_an_index(database):
-    with traced(database) as statements:
+def test_calls_are_purged_by_an_index(opened):
+    database, connections = opened
+    with traced(connections) as statements:
         database.purge_calls((0.0, "", 0), NOW)
-    steps = [step for sql in statements if "calls" in sql for step in plan(database, sql, ())]
+    steps = [step for sql in statements if "calls" in sql for step in plan(database, sql)]
     assert steps and all(step.startswith(("SEARCH", "CORRELATED")) for step in steps)
 
 
@@ -348,13 +341,8 @@ def test_the_place_in_the_line(database):
 
 
 def fill(database, count, models=3):
-    with database._write() as connection:
-        connection.executemany(
-            """INSERT INTO tasks
-                 (id, prompt, model, params, priority, status, created_at, updated_at)
-               VALUES (?, 'p', ?, '{}', 0, 'pending', '2026-09-21 00:00:00', '')""",
-            ((f"t{n}", f"m{n % models}") for n in range(count)),
-        )
+    tasks = (rows.task(f"t{n}", model=f"m{n % models}") for n in range(count))
+    rows.insert(database.path, "tasks", tasks)
 
 
 def test_the_place_is_exact_to_1000_and_no_further(database):
@@ -365,17 +353,19 @@ def test_the_place_is_exact_to_1000_and_no_further(database):
     assert database.queue_view(database.get("t1099"), None, NOW).ahead == 1001
 
 
-def plan(database, sql, values):
-    with database._read() as connection:
-        lines = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
-    return [line[3] for line in lines]
+def plan(database, sql):
+    return [line[3] for line in rows.read(database.path, f"EXPLAIN QUERY PLAN {sql}")]
 
 
-def test_the_next_task_is_found_by_steps_in_an_index(database):
+def test_the_next_task_is_found_by_steps_in_an_index(opened):
+    database, connections = opened
     fill(database, 100)
-    steps = plan(database, db._NEXT, {"now": NOW})
+    with traced(connections) as statements:
+        assert database.claim(NOW)
+    (sql,) = [sql for sql in statements if "ready" in sql]
+    steps = plan(database, sql)
     on_tasks = [step for step in steps if " tasks" in step or " first" in step]
-    assert on_tasks
+    assert len(on_tasks) >= 4
     assert all(step.startswith("SEARCH") for step in on_tasks)
 
 
@@ -389,21 +379,23 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_a_list_is_served_by_an_index(database, name):
+def test_a_list_is_served_by_an_index(opened, name):
+    database, connections = opened
     fill(database, 100)
-    with traced(database) as statements:
+    with traced(connections) as statements:
         assert database.list_tasks(*LISTS[name])
     (sql,) = [statement for statement in statements if "FROM tasks" in statement]
-    (step,) = plan(database, sql, ())
+    (step,) = plan(database, sql)
     assert step.startswith("SEARCH tasks USING") or (name == "all" and step == "SCAN tasks")
 
 
-def test_place_and_status_are_served_by_an_index(database):
+def test_place_and_status_are_served_by_an_index(opened):
+    database, connections = opened
     fill(database, 100)
-    with traced(database) as statements:
+    with traced(connections) as statements:
         database.queue_view(database.get("t50"), (60, 60), NOW)
     on_tasks = [sql for sql in statements if "FROM tasks" in sql]
-    steps = [step for sql in on_tasks for step in plan(database, sql, ()) if "tasks" in step]
+    steps = [step for sql in on_tasks for step in plan(database, sql) if "tasks" in step]
     assert len(steps) >= 3
     assert all(step.startswith(("SEARCH tasks USING", "SCAN tasks USING")) for step in steps)
     # Of those under way there are at most CONCURRENCY, and of the line POSITIONS are read.
@@ -411,12 +403,13 @@ def test_place_and_status_are_served_by_an_index(database):
     assert scans <= {"tasks_processing", "tasks_line"}
 
 
-def test_a_page_of_waiting_tasks_costs_no_more_statements_than_one(database):
+def test_a_page_of_waiting_tasks_costs_no_more_statements_than_one(opened):
+    database, connections = opened
     fill(database, 200)
     numbers = []
     for count in (1, 200):
         tasks = database.list_tasks("pending", None, None, count)
-        with traced(database) as statements:
+        with traced(connections) as statements:
             assert len(database.queue_views(tasks, (60, 60), NOW, 9)) == count
         numbers.append(len([sql for sql in statements if " holds " not in sql]))
     assert numbers[0] == numbers[1] < 10
@@ -442,22 +435,45 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
     assert database.queue_view(task, None, NOW).ahead == 1
 
 
+def open_watched(path):
+    """Open a database, and return it with the connections to SQLite that it has opened."""
+    connections, connect = [], sqlite3.connect
+
+    def collect(*args, **values):
+        connections.append(connect(*args, **values))
+        return connections[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", collect)
+        return Database(path), connections
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Return a database, and its connections to SQLite."""
+    database, connections = open_watched(tmp_path / "tasks.sqlite3")
+    yield database, connections
+    database.close()
+
+
 @contextmanager
-def traced(database):
-    """Collect the statements that the reading connection runs."""
+def traced(connections):
+    """Collect the statements that are run."""
     statements = []
-    database._reader.set_trace_callback(statements.append)
+    for connection in connections:
+        connection.set_trace_callback(statements.append)
     yield statements
-    database._reader.set_trace_callback(None)
+    for connection in connections:
+        connection.set_trace_callback(None)
 
 
-def steps_taken(database, work):
+def steps_taken(connections, work):
     """Count the instructions of SQLite's machine, in tens."""
     taken = []
-    for connection in (database._reader, database._writer):
+    for connection in connections:
         connection.set_progress_handler(lambda: taken.append(1), 10)
     work()
-    for connection in (database._reader, database._writer):
+    for connection in connections:
         connection.set_progress_handler(None, 0)
     return len(taken)
 
@@ -466,26 +482,27 @@ def steps_taken(database, work):
 def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, is_held):
     steps = []
     for count in (30, 30_000):
-        database = Database(tmp_path / f"{count}.sqlite3")
+        database, connections = open_watched(tmp_path / f"{count}.sqlite3")
         fill(database, count)
         if is_held:
             for _ in range(3):
                 task = database.claim(NOW)
                 database.finish(task, held(task.model), NOW)
-        steps.append(steps_taken(database, lambda: database.claim(NOW)))  # noqa: B023
-        steps.append(steps_taken(database, lambda: database.has_work(NOW)))  # noqa: B023
+        steps.append(steps_taken(connections, lambda: database.claim(NOW)))  # noqa: B023
+        steps.append(steps_taken(connections, lambda: database.has_work(NOW)))  # noqa: B023
         database.close()
     assert steps[2] <= steps[0] + 10
     assert steps[3] <= steps[1] + 10
 
 
-def test_commits_reach_the_disk(database):
-    assert database._writer.execute("PRAGMA synchronous").fetchall() == [(2,)]
-    assert database._writer.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+def test_commits_reach_the_disk(opened):
+    for connection in opened[1]:
+        assert connection.execute("PRAGMA synchronous").fetchall() == [(2,)]
+        assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
 
 
 def test_the_seven_columns_of_the_original_are_there(database):
-    names = [row[1] for row in rows(database, "PRAGMA table_info(tasks)")]
+    names = [row[1] for row in rows.read(database.path, "PRAGMA table_info(tasks)")]
     for name in ("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"):
         assert name in names
 
@@ -514,8 +531,10 @@ def test_a_write_that_fails_changes_nothing(database):
     assert claimed(database) == ["a"]
 
 
-def test_a_full_disk_is_told_apart(database):
-    database._writer.execute("PRAGMA max_page_count = 1").fetchall()
+def test_a_full_disk_is_told_apart(opened):
+    database, connections = opened
+    for connection in connections:
+        connection.execute("PRAGMA max_page_count = 1").fetchall()
     with pytest.raises(DatabaseError) as error:
         for n in range(1000):
             database.add([NewTask(f"t{n}", "p" * 5000, "m", {})], NOW)
@@ -547,11 +566,13 @@ def test_processes_never_claim_the_same_task(database):
     for process in processes:
         process.join()
     assert len(names) == len(set(names)) == 200
-    assert rows(database, "SELECT status, count(*) FROM tasks GROUP BY status ORDER BY 1") == [
+    assert rows.read(
+        database.path, "SELECT status, count(*) FROM tasks GROUP BY status ORDER BY 1"
+    ) == [
         ("completed", 200),
         ("pending", 300),
     ]
-    assert rows(database, "PRAGMA integrity_check") == [("ok",)]
+    assert rows.read(database.path, "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_a_write_waits_for_the_lock_that_all_processes_share(database):
@@ -598,8 +619,7 @@ def test_any_number_of_keys_can_be_used_again_the_next_day(database):
         add(f"{n}-first", 1_790_000_000.0)
     assert add("599-again", 1_790_000_000.0 + 86401) == ["599-again"]
     assert add("599-once-more", 1_790_000_000.0 + 86402) == ["599-again"]
-    ((kept,),) = database._reader.execute("SELECT count(*) FROM idempotency").fetchall()
-    assert kept == 1
+    assert rows.read(database.path, "SELECT count(*) FROM idempotency") == [(1,)]
 
 
 def test_tasks_that_came_together_are_replayed_together(database):

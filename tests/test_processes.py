@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import rows
 from conftest import PROMPT, TOKEN, wait_until
 from PIL import Image
 from server import Server, alive, checkout, memory
@@ -285,16 +286,9 @@ def test_a_long_backlog_costs_only_its_rows(start, upstream, tmp_path):
     figures = []
     for count in (10, 100_000):
         server = start(CONCURRENCY=1)
-        database = Database(server.folder / "tasks.sqlite3")
         server.kill_all()
-        with database._write() as connection:
-            connection.executemany(
-                """INSERT INTO tasks
-                     (id, prompt, model, params, priority, status, created_at, updated_at)
-                   VALUES (?, ?, 'm', '{}', 0, 'pending', datetime(), datetime())""",
-                ((f"{count}-{n}", "word " * 20) for n in range(count)),
-            )
-        database.close()
+        tasks = (rows.task(f"{count}-{n}", prompt="word " * 20) for n in range(count))
+        rows.insert(server.folder / "tasks.sqlite3", "tasks", tasks)
         calls = len(upstream.calls)
         began = time.monotonic()
         server = start(CONCURRENCY=1)

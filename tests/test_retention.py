@@ -3,11 +3,28 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+import rows
 from conftest import Clock, wait_until
 
 
-def test_what_ended_long_ago_is_removed_with_its_files(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+@pytest.fixture
+def clock():
+    return Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+
+
+def turn(q, seconds):
+    """Turn the clock, once, and wait until all that is removed then has been.
+
+    The last to go is the call of a task that is no longer there.
+    """
+    rows.insert(q.db.path, "calls", [{"task": "gone", "number": 1, "started": 0.5}])
+    q.clock.now += seconds
+    q.start()
+    wait_until(lambda: not q.db.calls("gone"))
+
+
+def test_what_ended_long_ago_is_removed_with_its_files(make, clock):
     q = make(clock, RETENTION_DAYS=30).start()
     old = [q.until(q.add(f"p{n}"), status="completed") for n in range(12)]
     thumbnails = q.config.output_dir / "thumbnails"
@@ -24,24 +41,20 @@ def test_what_ended_long_ago_is_removed_with_its_files(make, upstream):
     assert q.outcomes() == ["completed"]
 
 
-def test_what_ended_is_kept_to_the_second(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_what_ended_is_kept_to_the_second(make, clock):
     q = make(clock, RETENTION_DAYS=1).start()
     task = q.until(q.add(), status="completed")
-    clock.now += 86400
-    wait_until(lambda: q.worker._last_purge == clock.now)
+    turn(q, 86400)
     assert q.task(task.id)
     clock.now += 60
     wait_until(lambda: q.task(task.id) is None)
 
 
-def test_calls_of_a_deleted_task_go_when_no_limit_needs_them(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, 12, tzinfo=UTC).timestamp())
+def test_calls_of_a_deleted_task_go_when_no_limit_needs_them(make, clock):
     q = make(clock, RATE_LIMIT="9/100000").start()
     task, kept = (q.until(q.add(), status="completed") for _ in range(2))
     assert q.worker.delete(task)
-    clock.now += 99_000
-    wait_until(lambda: q.worker._last_purge == clock.now)
+    turn(q, 99_000)
     assert len(q.outcomes()) == 2, "the next day, but in the window of the rate limit"
     clock.now += 2_000
     wait_until(lambda: len(q.outcomes()) == 1)
@@ -50,20 +63,16 @@ def test_calls_of_a_deleted_task_go_when_no_limit_needs_them(make, upstream):
     assert q.outcomes() == []
 
 
-def test_calls_that_were_left_behind_go_in_steps(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_calls_that_were_left_behind_go_in_steps(make, clock):
     q = make(clock)
-    with q.db._write() as connection:
-        connection.executemany(
-            "INSERT INTO calls (task, number, started) VALUES (?, 1, ?)",
-            ((f"t{n}", 1000.0 + n // 700) for n in range(2000)),
-        )
+    started = ((f"t{n}", 1000.0 + n // 700) for n in range(2000))
+    calls = ({"task": task, "number": 1, "started": then} for task, then in started)
+    rows.insert(q.db.path, "calls", calls)
     q.start()
     wait_until(lambda: q.outcomes() == [])
 
 
-def test_a_death_while_files_are_removed_leaves_none(make, upstream, monkeypatch):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_a_death_while_files_are_removed_leaves_none(make, clock):
     q = make(clock, RETENTION_DAYS=1).start()
     task = q.until(q.add(), status="completed")
     q.worker.stop()
@@ -74,38 +83,31 @@ def test_a_death_while_files_are_removed_leaves_none(make, upstream, monkeypatch
     assert again.files() == []
 
 
-def test_removals_that_fail_do_not_stop_the_others(make, upstream):
-    q = make()
+def test_removals_that_fail_do_not_stop_the_others(make, clock):
+    q = make(clock).start()
+    q.until(q.add(), status="completed")
     stuck = [f"stuck-{n}" for n in range(20)]
-    with q.db._write() as connection:
-        connection.executemany(
-            "INSERT INTO removals (id) VALUES (?)", ((name,) for name in [*stuck, "last"])
-        )
     for name in stuck:
         (q.config.output_dir / f"{name}.png" / "below").mkdir(parents=True)
-    q.start()
-    wait_until(lambda: q.worker._last_purge)
-    for _ in range(200):
-        if "last" not in q.db.pending_deletions():
-            break
-        q.clock.now += 61
-        wait_until(lambda: q.worker._last_purge == q.clock.now)
+    rows.insert(q.db.path, "removals", ({"id": name} for name in [*stuck, "last"]))
+
+    def is_gone_in_a_minute():
+        clock.now += 61
+        return "last" not in q.db.pending_deletions()
+
+    wait_until(is_gone_in_a_minute)
     assert set(q.db.pending_deletions()) == set(stuck)
 
 
-def test_what_waits_is_not_removed_however_old(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_what_waits_is_not_removed_however_old(make, clock):
     q = make(clock, RETENTION_DAYS=1, TASK_TTL=0)
     q.db.pause()
     task_id = q.add()
-    clock.now += 50 * 86400
-    q.start()
-    wait_until(lambda: q.worker._last_purge == clock.now)
+    turn(q, 50 * 86400)
     assert q.task(task_id).status == "pending"
 
 
-def test_without_retention_all_is_kept(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_without_retention_all_is_kept(make, clock):
     q = make(clock).start()
     task = q.until(q.add(), status="completed")
     clock.now += 10_000 * 86400
@@ -113,21 +115,14 @@ def test_without_retention_all_is_kept(make, upstream):
     assert q.task(task.id)
 
 
-def test_a_large_clearing_does_not_stop_the_queue(make, upstream):
-    clock = Clock(datetime(2026, 5, 1, tzinfo=UTC).timestamp())
+def test_a_large_clearing_does_not_stop_the_queue(make, clock):
     q = make(clock, RETENTION_DAYS=1)
-    with q.db._write() as connection:
-        connection.executemany(
-            """INSERT INTO tasks (id, prompt, model, params, priority, status,
-                                  created_at, updated_at, finished_at)
-               VALUES (?, 'p', 'm', '{}', 0, 'failed', '', '', '2026-01-01 00:00:00')""",
-            ((f"t{n}",) for n in range(3000)),
-        )
+    old = {"status": "failed", "finished_at": "2026-01-01 00:00:00"}
+    rows.insert(q.db.path, "tasks", (rows.task(f"t{n}", **old) for n in range(3000)))
     task_id = q.add()
     q.start()
     q.until(task_id, status="completed")
-    ((left,),) = q.db._reader.execute("SELECT count(*) FROM tasks").fetchall()
-    assert left > 1000, "the new task did not wait for the old ones"
+    assert sum(q.db.stats().tasks.values()) > 1000, "the new task did not wait for the old ones"
 
 
 def test_files_that_a_dead_process_left_behind_are_removed(make):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import rows
 from conftest import finished, submit
 
 from records import ALL_MODELS, Hold, QueueView
@@ -23,11 +24,8 @@ def test_a_whole_number_of_the_quota_is_shown_as_such():
 
 def test_a_row_that_is_not_as_documented_is_shown_with_the_others(app, client):
     ids = [finished(client, submit(client))["id"] for _ in range(2)]
-    with app.database._write() as connection:
-        connection.execute(
-            "UPDATE tasks SET created_at = 'long ago', error_code = 'new', width = -1 WHERE id = ?",
-            ids[:1],
-        )
+    odd = "UPDATE tasks SET created_at = 'long ago', error_code = 'new', width = -1 WHERE id = ?"
+    rows.write(app.database.path, odd, ids[:1])
     second, first = client.get("/tasks").json["tasks"]
     assert (second["id"], first["id"]) == (ids[1], ids[0])
     assert (first["created_at"], first["error_code"]) == ("long ago", "new")

@@ -1,6 +1,7 @@
 """Health, readiness, and the numbers for Prometheus."""
 
 import pytest
+import rows
 from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, image_bytes, refusal
@@ -114,12 +115,12 @@ def test_the_numbers_are_those_of_the_database(client, upstream):
     assert 0 < found[("image_proxy_upstream_seconds_sum",)] < 60
 
 
-def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream):
+def test_what_runs_is_in_the_queue_too_and_ages_are_told(paused, upstream, tmp_path):
     first = submit(paused)
     wait_until(lambda: upstream.at_once == 1)
     waits = submit(paused)
-    with paused.application.extensions["service"].database._write() as connection:
-        connection.execute("UPDATE tasks SET created_at = '2026-01-01 00:00:00'")
+    aged = "UPDATE tasks SET created_at = '2026-01-01 00:00:00'"
+    rows.write(tmp_path / "tasks.sqlite3", aged)
     found = numbers(paused)
     assert found[("image_proxy_queue_depth",)] == 2
     assert found[("image_proxy_oldest_pending_seconds",)] > 86400

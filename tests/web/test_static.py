@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+import rows
 from axe_playwright_python.sync_playwright import Axe
 from conftest import KEYS, PROMPT, finished, submit, wait_until
 from playwright.sync_api import expect, sync_playwright
@@ -648,10 +649,8 @@ def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, up
     there = site(CONCURRENCY=1)
     submit(there.client, "the oldest")
     wait_until(lambda: upstream.at_once == 1)
-    there.client.post("/queue/pause")
-    with there.database._write() as connection:
-        connection.execute("UPDATE queue SET paused = 0")
-        connection.execute("UPDATE tasks SET created_at = '2026-01-01 00:00:00'")
+    aged = "UPDATE tasks SET created_at = '2026-01-01 00:00:00'"
+    rows.write(there.database.path, aged)
     add_pictures(there, tmp_path / "outputs", 41)
     page = visit(there)
     expect(page.locator(pictures)).to_have_count(40)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import rows
 from conftest import PROMPT, finished, submit, wait_until
 from upstream import Answer, image_bytes, refusal
 
@@ -410,13 +411,9 @@ def test_what_fails_meanwhile_is_not_retried_for_ever(app, client, upstream, mon
 
 def test_more_failures_than_one_step_takes_are_all_retried(app, client):
     app.database.pause()
-    with app.database._write() as connection:
-        connection.executemany(
-            """INSERT INTO tasks (id, prompt, model, params, priority, status, error_code,
-                                  created_at, updated_at)
-               VALUES (?, 'p', 'm', '{}', 0, 'failed', 'expired', '', '')""",
-            ((f"t{n}",) for n in range(1201)),
-        )
+    failed = {"status": "failed", "error_code": "expired"}
+    tasks = (rows.task(f"t{n}", **failed) for n in range(1201))
+    rows.insert(app.database.path, "tasks", tasks)
     assert client.post("/tasks/retry?error_code=expired").json == {"retried": 1201}
 
 
