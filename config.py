@@ -15,15 +15,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo
 
 import redact
 
@@ -49,17 +41,18 @@ class RateLimit:
     seconds: float
 
 
-def _rule(words: str, pattern: str = "(?s).*", **constraints: Any) -> tuple[Any, ...]:
-    """Return what makes a text match the pattern, before pydantic reads it, and tells the rule.
+def _rule(
+    words: str, pattern: str = "(?s).*", read: Callable[[str], Any] = str, **constraints: Any
+) -> tuple[Any, ...]:
+    """Return what has a text match the pattern and be read, before pydantic sees it.
 
-    Pydantic alone reads too much: 1_0 as an integer, nan as seconds, yes as a flag. The check
-    precedes the validators that stand before it, as a BeforeValidator does.
+    Pydantic alone reads too much: 1_0 as an integer, nan as seconds, yes as a flag.
     """
 
-    def check(text: str) -> str:
+    def check(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError
-        return text
+        return read(text)
 
     return (Field(description=words, **constraints), BeforeValidator(check))
 
@@ -78,7 +71,7 @@ def _split(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _below_root(path: Path, info: ValidationInfo) -> Path:
+def _below_root(path: str | Path, info: ValidationInfo) -> Path:
     return Path(info.context or ROOT, path)
 
 
@@ -107,55 +100,44 @@ def _origin(url: str) -> str:
     return parts.geturl()
 
 
-_Token = Annotated[str, *_rule("printable ASCII", "[ -~]+", repr=False)]
-_Keys = Annotated[
-    tuple[Annotated[str, Field(pattern="^[!-~]+$")], ...],
-    BeforeValidator(_split),
-    *_rule("keys of printable ASCII without spaces, separated by commas", min_length=1, repr=False),
-]
-_Names = Annotated[
-    tuple[str, ...], BeforeValidator(_split), *_rule("names, separated by commas", min_length=1)
-]
-_Host = Annotated[
-    str,
-    *_rule("a host name or an address", r"[A-Za-z0-9.:\[\]%_-]+"),
-    AfterValidator(lambda host: host.strip("[]")),
-]
-_UpstreamUrl = Annotated[
-    str,
-    *_rule("an https address, or http on loopback, without user, query or fragment", "[!-~]+"),
-    AfterValidator(_upstream_url),
-]
-_Origin = Annotated[
-    str | None,
-    *_rule(
-        "an http or https address without a path, such as https://pictures.example",
-        r"https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:\d+)?/?",
-    ),
-    AfterValidator(_origin),
-]
-_Rate = Annotated[
-    RateLimit | None,
-    BeforeValidator(_rate_limit),
-    *_rule("CALLS/SECONDS, for example 60/60", r"[0-9]{1,9}/[0-9]{1,9}(\.[0-9]{1,9})?"),
-]
+_TOKEN = _rule("printable ASCII", "[ -~]+", repr=False)
+_URL = _rule(
+    "an https address, or http on loopback, without user, query or fragment",
+    "[!-~]+",
+    _upstream_url,
+)
+_HOST = _rule("a host name or an address", r"[A-Za-z0-9.:\[\]%_-]+", lambda host: host.strip("[]"))
+_RATE = _rule(
+    "CALLS/SECONDS, for example 60/60", r"[0-9]{1,9}/[0-9]{1,9}(\.[0-9]{1,9})?", _rate_limit
+)
+_KEYS = _rule(
+    "keys of printable ASCII without spaces, separated by commas",
+    read=_split,
+    min_length=1,
+    repr=False,
+)
+_NAMES = _rule("names, separated by commas", read=_split, min_length=1)
+_ORIGIN = _rule(
+    "an http or https address without a path, such as https://pictures.example",
+    r"https?://([A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\])(:\d+)?/?",
+    _origin,
+)
+_Key = Annotated[str, Field(pattern="^[!-~]+$")]
 _Path = Annotated[
-    Path, Field(description="a path", validate_default=True), AfterValidator(_below_root)
+    Path, Field(description="a path", validate_default=True), BeforeValidator(_below_root)
 ]
 
 
-class Config(BaseModel):
+class Config(BaseModel, frozen=True, alias_generator=str.upper):
     """Hold every setting, checked; a field is named as its variable, in lower case.
 
     Its description is the rule for its value; repr=False keeps a secret out of errors, too.
     """
 
-    model_config = ConfigDict(frozen=True, alias_generator=str.upper)
-
-    chutes_api_token: _Token
-    chutes_api_url: _UpstreamUrl = "https://image.chutes.ai/generate"
+    chutes_api_token: Annotated[str, *_TOKEN]
+    chutes_api_url: Annotated[str, *_URL] = "https://image.chutes.ai/generate"
     default_model: Annotated[str, *_rule("the name of a model")] = "qwen-image"
-    host: _Host = "127.0.0.1"
+    host: Annotated[str, *_HOST] = "127.0.0.1"
     port: Annotated[int, *_integer(1, 65535)] = 3000
     workers: Annotated[int, *_integer(1, 32)] = Field(
         default_factory=lambda: min(2, os.cpu_count() or 1)
@@ -164,7 +146,7 @@ class Config(BaseModel):
     database_path: _Path = Path("tasks.sqlite3")
     output_dir: _Path = Path("outputs")
     concurrency: Annotated[int, *_integer(1, 64)] = 4
-    rate_limit: _Rate = None
+    rate_limit: Annotated[RateLimit | None, *_RATE] = None
     task_timeout: Annotated[float, *_seconds(1, 1_000_000)] = 600.0
     max_attempts: Annotated[int, *_integer(1, 100)] = 3
     retry_backoff: Annotated[float, *_seconds(0.01, 3600)] = 5.0
@@ -174,14 +156,14 @@ class Config(BaseModel):
     max_image_mb: Annotated[int, *_integer(1, 1_000_000)] = 50
     log_format: Annotated[Literal["text", "json"], *_rule("text or json")] = "text"
     allow_anonymous: Annotated[bool, *_rule("0 or 1", "[01]")] = False
-    api_keys: _Keys = ()
+    api_keys: Annotated[tuple[_Key, ...], *_KEYS] = ()
     max_pending: Annotated[int, *_integer(1, 1_000_000_000)] = 10000
     max_per_day: Annotated[int, *_integer(0, 1_000_000_000)] = 0
-    models: _Names = ()
+    models: Annotated[tuple[str, ...], *_NAMES] = ()
     min_free_mb: Annotated[int, *_integer(0, 1_000_000_000)] = 200
     retention_days: Annotated[int, *_integer(0, 36_500)] = 0
     openai_wait: Annotated[float, *_seconds(1, 86_400)] = 280.0
-    public_url: _Origin = None
+    public_url: Annotated[str | None, *_ORIGIN] = None
     trusted_proxies: Annotated[int, *_integer(0, 10)] = 0
 
     @property
