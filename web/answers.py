@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from flask import Response
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, Field, WithJsonSchema
 
 import records
 from config import Config
@@ -18,10 +18,9 @@ _Time = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d$", descri
 _Number = Annotated[int | float, WithJsonSchema({"type": "number"})]
 
 
-class Answer(BaseModel):
+class Answer(BaseModel, extra="forbid", json_schema_serialization_defaults_required=True):
     """A JSON object, with every key there and no other."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
     status_code: ClassVar[int] = 200
     # What the document says beside the body: headers, and operations that take its id.
     headers: ClassVar[dict[str, str]] = {}
@@ -171,18 +170,14 @@ class Ready(Health):
     problems: Annotated[list[str], Field(max_length=0)]
 
 
-class Error(Answer):
+class Error(Answer, extra="allow"):
     """What is wrong, and what to do; other keys may follow."""
-
-    model_config = ConfigDict(extra="allow")
 
     error: str
 
 
-class OpenAIImage(Answer):
+class OpenAIImage(Answer, json_schema_serialization_defaults_required=False):
     """A picture in OpenAI's form: either key, as `response_format` says, or as the model does."""
-
-    model_config = ConfigDict(json_schema_serialization_defaults_required=False)
 
     b64_json: Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})] = ""
     url: Annotated[str, Field(description="signed, so that it needs no key")] = ""
@@ -230,8 +225,7 @@ def age(created_at: str | None, now: float) -> int | None:
     """Return the whole seconds since a time as the rows have it, or None."""
     if created_at is None:
         return None
-    created = datetime.strptime(created_at, "%Y-%m-%d %H:%M:%S").replace(tzinfo=UTC)
-    return max(0, int(now - created.timestamp()))
+    return max(0, int(now - datetime.fromisoformat(f"{created_at}Z").timestamp()))
 
 
 def waiting_for(

@@ -5,7 +5,7 @@ import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from flask import g, request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from records import ERROR_CODES, STATUSES, ErrorCode, IdempotencyKey, Status, Task
@@ -49,10 +49,8 @@ class ImageQuery(Wait):
     sig: Annotated[str, Field(description="in place of a key")] = ""
 
 
-class TasksQuery(BaseModel):
+class TasksQuery(BaseModel, extra="forbid"):
     """Which tasks to list; an unknown parameter would widen the list in silence."""
-
-    model_config = ConfigDict(extra="forbid")
 
     status: Annotated[Status | None, _one_of(STATUSES)] = None
     model: str | None = None
@@ -60,10 +58,8 @@ class TasksQuery(BaseModel):
     before: Annotated[int | None, *_integer(1, 10**18 - 1, "as `next` gave it")] = None
 
 
-class RetryQuery(BaseModel):
+class RetryQuery(BaseModel, extra="forbid"):
     """Which of the tasks that failed to retry; all, where the code is empty."""
-
-    model_config = ConfigDict(extra="forbid")
 
     error_code: Annotated[Literal[ErrorCode, ""], _one_of(ERROR_CODES)] = ""
 
