@@ -7,17 +7,8 @@ import re
 import uuid
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
+from pydantic_core import ErrorDetails, ValidationError
 
 from config import Config, model_name_error
 from records import NewTask
@@ -75,10 +66,9 @@ def _text(pattern: str) -> tuple[Any, ...]:
     return field, AfterValidator(_plain_text)
 
 
-class Generate(BaseModel):
+class Generate(BaseModel, strict=True, extra="forbid", allow_inf_nan=False, frozen=True):
     """The body of a request for one image; null for an optional field means its default."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
     example: ClassVar = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
 
     prompt: Annotated[str, *_text(r"^[^\u0000]*[^\s\u0000][^\u0000]*$")]
@@ -91,11 +81,6 @@ class Generate(BaseModel):
     seed: Annotated[int | None, *_integer(0, 2**32 - 1)] = None
     true_cfg_scale: Annotated[float | None, _number(0, 10)] = None
     priority: Annotated[int | None, *_integer(-100, 100)] = 0
-
-    @field_validator("*")
-    @classmethod
-    def _default_for_null(cls, value: Any, info: ValidationInfo) -> Any:
-        return cls.model_fields[str(info.field_name)].default if value is None else value
 
     @classmethod
     def translated(cls, fields: dict[str, Any], config: Config) -> dict[str, Any]:
@@ -115,14 +100,13 @@ class Generate(BaseModel):
 _PARAMS = Generate.model_fields.keys() - {"prompt", "model", "priority"}
 
 
-class Generations(Generate):
+class Generations(Generate, extra="ignore", frozen=True):
     """The body of a request for images in OpenAI's form; fields of no meaning here are ignored.
 
     The fields of a request for one image may be given beside OpenAI's own; a width or height
     counts more than `size`.
     """
 
-    model_config = ConfigDict(extra="ignore")
     example: ClassVar = {"prompt": "a red fox", "size": "1024x768", "n": 2}
 
     n: Annotated[int | None, *_integer(1, 10)] = 1
@@ -167,10 +151,10 @@ def parse(kind: type[_Kind], body: bytes, config: Config) -> _Kind:
     prompt = fields.get("prompt")
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise Invalid("Prompt is required", "prompt")
-    if fields.get("model") is None:
-        fields["model"] = config.default_model
+    # Null means the default; an unknown field is refused even so.
+    given = {n: v for n, v in fields.items() if v is not None or n not in kind.model_fields}
     try:
-        wanted = kind.model_validate(fields, context=config)
+        wanted = kind.model_validate({"model": config.default_model, **given}, context=config)
     except ValidationError as error:
         raise _invalid(error, kind) from error
     check_allowed(wanted.model, config)
