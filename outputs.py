@@ -32,10 +32,7 @@ def thumbnail_path(config: Config, task_id: str) -> Path:
 
 def finished_paths(config: Config, task_id: str) -> Iterator[Path]:
     """Yield the files that bear a final name of the task's image."""
-    for extension in EXTENSIONS:
-        path = config.output_dir / f"{task_id}.{extension}"
-        if path.exists():
-            yield path
+    return filter(Path.exists, _final_paths(config, task_id))
 
 
 def publish(part: Path, target: Path, extension: str) -> Path:
@@ -66,9 +63,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def remove(config: Config, task_id: str) -> None:
     """Remove a task's image and thumbnail. Raises OSError where one stays."""
-    for extension in EXTENSIONS:
-        (config.output_dir / f"{task_id}.{extension}").unlink(missing_ok=True)
-    thumbnail_path(config, task_id).unlink(missing_ok=True)
+    for path in (*_final_paths(config, task_id), thumbnail_path(config, task_id)):
+        path.unlink(missing_ok=True)
+
+
+def _final_paths(config: Config, task_id: str) -> list[Path]:
+    return [config.output_dir / f"{task_id}.{extension}" for extension in EXTENSIONS]
 
 
 def sync_folder(path: Path) -> None:
@@ -101,10 +101,8 @@ def has_room(folder: Path, size: int) -> bool:
 def is_low_on_disk(config: Config) -> bool:
     """Return whether less than MIN_FREE_MB is free where images or the database are."""
     floor = config.min_free_mb * 1024 * 1024
-    return any(
-        shutil.disk_usage(_nearest(folder)).free < floor
-        for folder in (config.output_dir, config.database_path.parent)
-    )
+    folders = (config.output_dir, config.database_path.parent)
+    return any(shutil.disk_usage(_nearest(folder)).free < floor for folder in folders)
 
 
 def _nearest(folder: Path) -> Path:
