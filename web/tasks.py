@@ -46,12 +46,14 @@ def status(task_id: str) -> Response:
 def list_tasks() -> Response:
     """List tasks, the newest first."""
     wanted = query(params.TasksQuery)
-    newest = functools.partial(service.database.list_tasks, wanted.status, wanted.model)
-    found = newest(wanted.before, wanted.limit)
-    more = len(found) == wanted.limit and newest(found[-1].seq, 1)
-    following = _page_after(found[-1]) if more else None
-    headers = {"Link": f'<{following}>; rel="next"'} if following else {}
-    return answers.Tasks(tasks=_all_shown(found), next=following).response(headers)
+    status, model, limit = wanted.status, wanted.model, wanted.limit
+    found = service.database.list_tasks(status, model, wanted.before, limit + 1)
+    tasks, following, headers = _all_shown(found[:limit]), None, {}
+    if len(found) > limit:
+        asked = {**request.args.to_dict(), "before": found[limit - 1].seq}
+        following = f"/tasks?{urlencode(asked)}"
+        headers["Link"] = f'<{following}>; rel="next"'
+    return answers.Tasks(tasks=tasks, next=following).response(headers)
 
 
 @bp.get("/tasks/<task_id>")
@@ -80,8 +82,8 @@ def retry(task_id: str) -> Response:
     task = get_task_or_404(task_id)
     schemas.check_allowed(task.model, service.config)
     service.check_disk()
-    new_id, limit = str(uuid.uuid4()), service.config.max_pending
-    if not service.database.retry(task.id, new_id, time.time(), limit):
+    new_id = _new_id()
+    if not service.database.retry(task.id, new_id, time.time(), service.config.max_pending):
         raise _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
     service.worker.wake()
     return _accepted(new_id)
@@ -136,21 +138,20 @@ def _retry_failed(code: str | None) -> int:
     """Retry in steps, so that the queue goes on, and none that fails meanwhile again."""
     newest = service.database.list_tasks(None, None, None, 1)
     up_to = newest[0].seq if newest else 0
+    models, limit = service.config.models, service.config.max_pending
+    retry_some = functools.partial(service.database.retry_failed, code, up_to, models, _new_id)
     retried = 0
     try:
-        while some := service.database.retry_failed(
-            code,
-            up_to,
-            service.config.models,
-            lambda: str(uuid.uuid4()),
-            time.time(),
-            service.config.max_pending,
-        ):
+        while some := retry_some(time.time(), limit):
             retried += some
     except QueueFull:
         if not retried:
             raise
     return retried
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
 
 
 def _accepted(task_id: str) -> Response:
@@ -192,7 +193,7 @@ def _waits(pending: list[Task]) -> dict[str, tuple[int | None, str | None]]:
 def _queue() -> answers.Queue:
     now, limit = time.time(), service.config.rate_limit
     queue = service.database.queue(now)
-    names = ("total", "used", "remaining")
+    names = answers.Quota.model_fields
     quota = queue.quota and answers.Quota(**dict(zip(names, queue.quota, strict=True)))
     return answers.Queue.of(
         queue,
@@ -202,11 +203,6 @@ def _queue() -> answers.Queue:
         held=[answers.Hold.of(hold, until=stamp(hold.until)) for hold in queue.holds],
         quota=quota,
     )
-
-
-def _page_after(last: Task) -> str:
-    asked = {**request.args.to_dict(), "before": last.seq}
-    return f"/tasks?{urlencode(asked)}"
 
 
 def _conflict(task: Task, why: str) -> Refusal:
