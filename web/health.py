@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 
 from flask import Blueprint, Response
-from prometheus_client import CollectorRegistry, core
+from prometheus_client import core
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -41,9 +41,7 @@ def readyz() -> Response:
 @operation({200: {"description": "Text", "content": {"text/plain": {}}}})
 def metrics() -> Response:
     """Read the numbers for Prometheus."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector())
-    return Response(generate_latest(registry), content_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(generate_latest(_Collector()), content_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def _problems() -> Iterator[str]:
