@@ -23,9 +23,6 @@ ROOT = Path(__file__).resolve().parent
 # How similar a name in .env must be to a setting's to count as a misspelling of it, 0 to 1.
 _SIMILARITY = 0.8
 
-_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")
-_MODEL_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-
 log = logging.getLogger("config")
 
 
@@ -270,8 +267,7 @@ def _rule_error(name: str, value: object, rule: str) -> ConfigError:
 
 
 def _check_models(config: Config) -> None:
-    settings = {"DEFAULT_MODEL": [config.default_model], "MODELS": config.models}
-    for name, models in settings.items():
+    for name, models in (("DEFAULT_MODEL", [config.default_model]), ("MODELS", config.models)):
         for model in models:
             if rule := model_name_error(model, config.model_in_url):
                 raise _rule_error(name, model, rule)
@@ -293,20 +289,23 @@ def _check_paths(config: Config) -> None:
         raise _rule_error("OUTPUT_DIR", outputs, "a writable folder")
 
 
-def model_name_error(model: str, one_label: bool) -> str | None:
-    """Return the rule that a model's name breaks, or None.
+def model_rule(one_label: bool) -> tuple[str, str]:
+    """Return the pattern that a model's whole name must match, and the rule in words.
 
     With `one_label` the name becomes part of a host name, so that it must be a
     single DNS label: anything else could send the token to another host.
     """
     if one_label:
-        rule = "one DNS label: letters, digits and inner '-', at most 63"
-        return None if _MODEL_LABEL.fullmatch(model) else rule
-    if not _MODEL.fullmatch(model) or ".." in model or "//" in model:
-        return (
-            "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
-        )
-    return None
+        words = "one DNS label: letters, digits and inner '-', at most 63"
+        return "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", words
+    words = "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
+    return r"(?!.*\.\.)(?!.*//)[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}", words
+
+
+def model_name_error(model: str, one_label: bool) -> str | None:
+    """Return the rule that a model's name breaks, or None."""
+    pattern, words = model_rule(one_label)
+    return None if re.fullmatch(pattern, model) else words
 
 
 def is_loopback(host: str) -> bool:

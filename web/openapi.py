@@ -9,7 +9,7 @@ from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from config import Config
+from config import Config, model_rule
 from web.answers import Answer, Error, OpenAIError
 from web.errors import OPENAI_PREFIX
 from web.schemas import OPENAI_MODEL, Generate, Generations
@@ -240,7 +240,5 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> dict[
 def _model_rule(config: Config) -> dict[str, Any]:
     if config.models:
         return {"enum": [*config.models, None]}
-    name = r"^(?!.*\.\.)(?!.*//)[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}$"
-    if config.model_in_url:
-        name = "^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$"
-    return {"type": ["string", "null"], "pattern": name}
+    pattern, _ = model_rule(config.model_in_url)
+    return {"type": ["string", "null"], "pattern": f"^{pattern}$"}
