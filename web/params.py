@@ -125,11 +125,8 @@ def patience() -> float:
     The official clients say so in a header, the first one for Python, the other for JavaScript.
     """
     for name in ("X-Stainless-Read-Timeout", "X-Stainless-Timeout"):
-        try:
-            theirs = float(request.headers.get(name, ""))
-        except ValueError:
-            continue
-        if theirs >= 0:
+        theirs = request.headers.get(name, type=float)
+        if theirs is not None and theirs >= 0:
             theirs = max(theirs, _MIN_PATIENCE)
             return min(service.config.openai_wait, theirs - min(_MARGIN, theirs / 2))
     return service.config.openai_wait

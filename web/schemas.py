@@ -5,7 +5,7 @@ import json
 import logging
 import re
 import uuid
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
 from pydantic_core import ErrorDetails, ValidationError
@@ -131,15 +131,15 @@ class Generations(Generate, extra="ignore", frozen=True):
                     fields[name] = int(side)
         return fields
 
-    def each(self) -> list[Generate]:
+    def each(self) -> list[Self]:
         """Return the request for each of the images.
 
         A seed counts up: the same one would pay for the same image again.
         """
-        fields = self.model_dump(include=Generate.model_fields.keys() - {"seed"})
-        nth = range(self.n or 1)
-        seeds = [None if self.seed is None else (self.seed + k) % 2**32 for k in nth]
-        return [Generate.model_construct(**fields, seed=seed) for seed in seeds]
+        if self.seed is None:
+            return [self] * (self.n or 1)
+        seeds = [(self.seed + k) % 2**32 for k in range(self.n or 1)]
+        return [self.model_copy(update={"seed": seed}) for seed in seeds]
 
 
 _Kind = TypeVar("_Kind", bound=Generate)
