@@ -28,7 +28,7 @@ def healthz() -> Response:
 
 
 @bp.get("/readyz")
-@operation(answers.Ready, errors=(503,))
+@operation(answers.Ready)
 def readyz() -> Response:
     """Ask if it can serve."""
     if problems := list(_problems()):

@@ -25,6 +25,7 @@ _RETRY_SECONDS_INSTEAD_OF_WAIT = 10
 
 log = logging.getLogger("images")
 
+_TYPES = ("image/png", "image/jpeg", "image/webp")
 _CACHED = {"ETag": "strong: the SHA-256 of the bytes", "Cache-Control": "immutable, for a year"}
 _NAMED = {**_CACHED, "Content-Disposition": "inline, with the file's name"}
 _RANGE = {"Range": "one range of bytes; any other is ignored", "If-None-Match": "an ETag"}
@@ -43,12 +44,7 @@ def _bytes(*content_types: str) -> dict[int, dict[str, Any]]:
 
 
 @bp.get("/images/<name>")
-@operation(
-    _bytes("image/png", "image/jpeg", "image/webp"),
-    errors=(400, 404, 409, 410, 416, 503),
-    query=ImageQuery,
-    headers=_RANGE,
-)
+@operation(_bytes(*_TYPES), errors=(409, 410, 416), query=ImageQuery, headers=_RANGE)
 def image(name: str) -> Response:
     """Fetch the picture; /images/{id}.png, or what its ending is, is the same."""
     task_id, dot, extension = name.partition(".")
@@ -60,7 +56,7 @@ def image(name: str) -> Response:
 
 
 @bp.get("/images/<task_id>/thumbnail")
-@operation(_bytes("image/webp"), errors=(404, 409, 410, 416, 503), headers=_RANGE)
+@operation(_bytes("image/webp"), errors=(409, 410, 416), headers=_RANGE)
 def thumbnail(task_id: str) -> Response:
     """Fetch a picture of at most 512 pixels a side."""
     task = _completed(task_id)

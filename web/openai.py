@@ -45,7 +45,7 @@ bp = Blueprint("openai", __name__)
 @bp.post("/v1/images/generations")
 @operation(
     answers.OpenAIImages,
-    errors=(400, 409, 410, 413, 415, 429, 500, 502, 504, 507),
+    errors=(409, 410, 429, 500, 502, 504, 507),
     body=schemas.Generations,
     idempotent=True,
 )

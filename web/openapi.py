@@ -15,13 +15,13 @@ from web.errors import OPENAI_PREFIX
 from web.schemas import OPENAI_MODEL, Generate, Generations
 from web.service import service
 
+_Json = dict[str, Any]
+
 _DESCRIPTION = "A durable queue in front of Chutes AI's image API."
 _COMPONENT = "#/components/schemas/{model}"
 
 
-def _parameter(
-    name: str, place: str, description: str, schema: dict[str, Any], **more: Any
-) -> dict[str, Any]:
+def _parameter(name: str, place: str, description: str, schema: _Json, **more: Any) -> _Json:
     return {"name": name, "in": place, "description": description, "schema": schema, **more}
 
 
@@ -69,12 +69,13 @@ class operation:
     """Say beside a route what it answers and takes; its docstring is the summary.
 
     `answer` is a model, or responses as OpenAPI has them, with headers by name and description.
-    `errors` are the statuses of refusals beside those of every route, `headers` those that a
-    request may have. An `idempotent` route takes an Idempotency-Key; a `public` one needs no key
-    of API_KEYS. `id` is for a view of another name.
+    `errors` are the statuses of refusals beside those of every route, and of every one with an
+    id, a query or a body. `headers` are those that a request may have. An `idempotent` route
+    takes an Idempotency-Key; a `public` one needs no key of API_KEYS. `id` is for a view of
+    another name.
     """
 
-    answer: type[Answer] | dict[int, dict[str, Any]]
+    answer: type[Answer] | dict[int, _Json]
     errors: tuple[int, ...] = ()
     query: type[BaseModel] | None = None
     body: type[Generate] | None = None
@@ -107,9 +108,9 @@ def needs_key() -> bool:
     return view is None or not view.operation.public
 
 
-def document(app: Flask, config: Config) -> dict[str, Any]:
+def document(app: Flask, config: Config) -> _Json:
     """Return the API document of an application, as it is set up."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, _Json] = {}
     models: dict[tuple[type[BaseModel], Any], None] = {}
     for rule in app.url_map.iter_rules():
         view: Any = app.view_functions[rule.endpoint]
@@ -121,7 +122,7 @@ def document(app: Flask, config: Config) -> dict[str, Any]:
             if isinstance(model, type):
                 side = "validation" if model is view.operation.body else "serialization"
                 models[model, side] = None
-    spec: dict[str, Any] = {
+    spec: _Json = {
         "openapi": "3.1.0",
         "info": {"title": "Image proxy", "version": "1", "description": _DESCRIPTION},
         "servers": [{"url": config.public_url or "/"}],
@@ -137,7 +138,7 @@ def document(app: Flask, config: Config) -> dict[str, Any]:
     return spec
 
 
-def _describe(path: str, tag: str, view: Any, config: Config) -> dict[str, Any]:
+def _describe(path: str, tag: str, view: Any, config: Config) -> _Json:
     op = view.operation
     described = {
         "operationId": op.id or view.__name__,
@@ -154,7 +155,7 @@ def _describe(path: str, tag: str, view: Any, config: Config) -> dict[str, Any]:
     return described
 
 
-def _parameters(path: str, op: operation) -> Iterator[dict[str, Any]]:
+def _parameters(path: str, op: operation) -> Iterator[_Json]:
     if "{id}" in path:
         yield _TASK_ID
     if op.query:
@@ -165,7 +166,7 @@ def _parameters(path: str, op: operation) -> Iterator[dict[str, Any]]:
         yield _IDEMPOTENCY_KEY
 
 
-def _query(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
+def _query(model: type[BaseModel]) -> Iterator[_Json]:
     for name, schema in model.model_json_schema()["properties"].items():
         del schema["title"]
         # A default of nothing means that it is not there; what is there is never null.
@@ -175,18 +176,19 @@ def _query(model: type[BaseModel]) -> Iterator[dict[str, Any]]:
         yield _parameter(name, "query", schema.pop("description", ""), schema)
 
 
-def _responses(path: str, op: operation) -> dict[int, dict[str, Any]]:
+def _responses(path: str, op: operation) -> dict[int, _Json]:
     """Return the responses by status, with headers by name and description."""
     success = op.answer if isinstance(op.answer, dict) else _success(op.answer)
-    codes = {*op.errors, *_ANY_ROUTE}
+    body, takes = op.body, op.body or op.query
+    implied = {400: takes, 404: "{id}" in path, 413: body, 415: body, 422: op.idempotent}
+    codes = {*op.errors, *_ANY_ROUTE, *filter(implied.get, implied)}
     if op.idempotent:
-        codes.add(422)
         replayed = {"Idempotent-Replayed": "true, where the key has come before"}
         success = {c: {**r, "headers": {**r["headers"], **replayed}} for c, r in success.items()}
     return {**success, **{code: _error(code, _error_model(path)) for code in sorted(codes)}}
 
 
-def _success(model: type[Answer]) -> dict[int, dict[str, Any]]:
+def _success(model: type[Answer]) -> dict[int, _Json]:
     content = {"application/json": {"schema": _ref(model)}}
     response = {"description": model.__doc__, "content": content, "headers": model.headers}
     if model.links:
@@ -194,14 +196,14 @@ def _success(model: type[Answer]) -> dict[int, dict[str, Any]]:
     return {model.status_code: response}
 
 
-def _link(operation_id: str, description: str) -> dict[str, Any]:
+def _link(operation_id: str, description: str) -> _Json:
     parameters = {"id": "$response.body#/id"}
     return {"operationId": operation_id, "parameters": parameters, "description": description}
 
 
-def _error(code: int, model: type[Answer]) -> dict[str, Any]:
+def _error(code: int, model: type[Answer]) -> _Json:
     text, headers = _ERRORS[code], _ERROR_HEADERS.get(code, {})
-    example: dict[str, Any] = {"error": text}
+    example: _Json = {"error": text}
     if model is OpenAIError:
         body = {"message": text, "type": "invalid_request_error", "param": None, "code": "a_word"}
         example = {"error": body}
@@ -214,7 +216,7 @@ def _error_model(path: str) -> type[Answer]:
     return OpenAIError if path.startswith(OPENAI_PREFIX) else Error
 
 
-def _with_headers(response: dict[str, Any]) -> dict[str, Any]:
+def _with_headers(response: _Json) -> _Json:
     texts = {"X-Request-ID": "the client's own, or a new one", **response.get("headers", {})}
     schema = {"type": "string"}
     headers = {name: {"description": text, "schema": schema} for name, text in texts.items()}
@@ -225,8 +227,8 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": _COMPONENT.format(model=model.__name__)}
 
 
-def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> dict[str, Any]:
-    schemas: dict[str, Any] = models_json_schema(models, ref_template=_COMPONENT)[1]["$defs"]
+def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json:
+    schemas: _Json = models_json_schema(models, ref_template=_COMPONENT)[1]["$defs"]
     # A model may be left out, and its rule depends on the settings.
     rule = _model_rule(config)
     ours = {"type": "string", "pattern": f"^({OPENAI_MODEL})?$"}
@@ -237,7 +239,7 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> dict[
     return schemas
 
 
-def _model_rule(config: Config) -> dict[str, Any]:
+def _model_rule(config: Config) -> _Json:
     if config.models:
         return {"enum": [*config.models, None]}
     pattern, _ = model_rule(config.model_in_url)

@@ -24,9 +24,7 @@ bp = Blueprint("tasks", __name__)
 
 
 @bp.post("/generate")
-@operation(
-    answers.Accepted, errors=(400, 413, 415, 429, 507), body=schemas.Generate, idempotent=True
-)
+@operation(answers.Accepted, errors=(429, 507), body=schemas.Generate, idempotent=True)
 def generate() -> Response:
     """Add a task."""
     wanted = schemas.parse(schemas.Generate, params.json_body(), service.config)
@@ -35,14 +33,14 @@ def generate() -> Response:
 
 
 @bp.get("/status/<task_id>")
-@operation(answers.Task, errors=(400, 404), query=params.Wait)
+@operation(answers.Task, query=params.Wait)
 def status(task_id: str) -> Response:
     """Look at a task."""
     return _shown(get_task_or_404(task_id, query(params.Wait).wait)).response()
 
 
 @bp.get("/tasks")
-@operation(answers.Tasks, errors=(400,), query=params.TasksQuery, id="tasks")
+@operation(answers.Tasks, query=params.TasksQuery, id="tasks")
 def list_tasks() -> Response:
     """List tasks, the newest first."""
     wanted = query(params.TasksQuery)
@@ -57,7 +55,7 @@ def list_tasks() -> Response:
 
 
 @bp.get("/tasks/<task_id>")
-@operation(answers.TaskWithCalls, errors=(400, 404), query=params.Wait, id="task")
+@operation(answers.TaskWithCalls, query=params.Wait, id="task")
 def get_task(task_id: str) -> Response:
     """Look at a task and its calls."""
     task = get_task_or_404(task_id, query(params.Wait).wait)
@@ -66,7 +64,7 @@ def get_task(task_id: str) -> Response:
 
 
 @bp.post("/tasks/<task_id>/cancel")
-@operation(answers.Task, errors=(404, 507))
+@operation(answers.Task, errors=(507,))
 def cancel(task_id: str) -> Response:
     """End a task."""
     get_task_or_404(task_id)
@@ -76,7 +74,7 @@ def cancel(task_id: str) -> Response:
 
 
 @bp.post("/tasks/<task_id>/retry")
-@operation(answers.Accepted, errors=(400, 404, 409, 429, 507))
+@operation(answers.Accepted, errors=(400, 409, 429, 507))
 def retry(task_id: str) -> Response:
     """Add a new task with the same input."""
     task = get_task_or_404(task_id)
@@ -90,7 +88,7 @@ def retry(task_id: str) -> Response:
 
 
 @bp.post("/tasks/retry")
-@operation(answers.Retried, errors=(400, 429, 507), query=params.RetryQuery, id="retryFailed")
+@operation(answers.Retried, errors=(429, 507), query=params.RetryQuery, id="retryFailed")
 def retry_failed() -> Response:
     """Retry all that failed and were not retried yet; with `error_code`, only those."""
     code = query(params.RetryQuery).error_code or None
@@ -101,7 +99,7 @@ def retry_failed() -> Response:
 
 
 @bp.delete("/tasks/<task_id>")
-@operation({204: {"description": "It is gone"}}, errors=(404, 409, 507))
+@operation({204: {"description": "It is gone"}}, errors=(409, 507))
 def delete(task_id: str) -> tuple[str, int]:
     """Delete a task and its files."""
     task = get_task_or_404(task_id)
