@@ -22,22 +22,20 @@ from web.service import service
 _CHUNK = 48 * 1024
 # A wait looks as often, in seconds, whether its client is still there.
 _LOOK_SECONDS = 1.0
-_RETRY_SECONDS = 10
 # What makes no difference to the tasks, or is in their width and height.
 _NOT_OF_THE_TASKS = {"size", "response_format", "stream"}
 
-# What the failure of a task is, by its error_code; any other is that of a server behind this one.
+# The status for the failure of a task, by its error_code; any other is 502.
 _FAILURES = {
-    "upstream_rejected": (400, "invalid_request_error"),
-    "upstream_payment": (429, "insufficient_quota"),
-    "canceled": (409, "invalid_request_error"),
-    "upstream_timeout": (504, "server_error"),
-    "expired": (504, "server_error"),
-    "interrupted": (500, "server_error"),
-    "storage": (500, "server_error"),
-    "internal": (500, "server_error"),
+    "upstream_rejected": 400,
+    "upstream_payment": 429,
+    "canceled": 409,
+    "upstream_timeout": 504,
+    "expired": 504,
+    "interrupted": 500,
+    "storage": 500,
+    "internal": 500,
 }
-_ANOTHER_FAILURE = (502, "server_error")
 
 bp = Blueprint("openai", __name__)
 
@@ -56,9 +54,10 @@ def generations() -> Response:
     until = time.monotonic() + patience()
     with ExitStack() as held:
         _check_slot(held.enter_context(service.worker.waiters.slot()))
-        ids = _store(wanted)
-        answer = _images(_completed(ids, _wait(ids, until)), base)
-        # A slow reader keeps its slot, as its thread does.
+        key = idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS))
+        ids = g.stored = service.add([each.new_task() for each in wanted.each()], key)
+        answer = _images(_completed(ids, _wait(ids, until)), base, held)
+        # A slow reader keeps its slot and the files, as its thread does.
         answer.call_on_close(held.pop_all().close)
     return answer
 
@@ -75,37 +74,29 @@ def models() -> Response:
     return answers.OpenAIModels(object="list", data=data).response()
 
 
-def _store(wanted: schemas.Generations) -> list[str]:
-    """Add the tasks, or find those of an earlier call with the same key; return their ids."""
-    key = idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS))
-    ids = g.stored = service.add([each.new_task() for each in wanted.each()], key)
-    return ids
-
-
 def _wait(ids: list[str], until: float) -> list[Task | None]:
     """Return the tasks when all have ended, or one in vain, or the wait is over."""
     may_go_on = True
     while True:
         tasks = [service.database.get(task_id) for task_id in ids]
         unfinished = [t.id for t in tasks if t and t.status in ("pending", "processing")]
+        is_in_vain = any(task is None or task.status == "failed" for task in tasks)
         seconds = until - time.monotonic()
-        if not unfinished or any(map(_is_in_vain, tasks)) or seconds <= 0 or not may_go_on:
+        if not unfinished or is_in_vain or seconds <= 0 or not may_go_on:
             return tasks
         is_there = service.worker.waiters.wait_for_any(unfinished, min(seconds, _LOOK_SECONDS))
         may_go_on = is_there and not _client_is_gone()
 
 
-def _images(tasks: list[Task], base: str | None) -> Response:
-    """Answer with the images, as addresses below the base; in base64 without one."""
+def _images(tasks: list[Task], base: str | None, held: ExitStack) -> Response:
+    """Answer with the images, held open, as addresses below the base; in base64 without one."""
     paths = [image_path(service.config, task) for task in tasks]
-    with ExitStack() as opened:
-        try:
-            files = [opened.enter_context(path.open("rb")) for path in paths]
-        except OSError as error:
-            sentence = "The picture was made, but its file is no longer there"
-            raise Refusal(410, sentence) from error
-        if base is None:
-            return _in_base64(files, opened.pop_all())
+    try:
+        files = [held.enter_context(path.open("rb")) for path in paths]
+    except OSError as error:
+        raise Refusal(410, "The picture was made, but its file is no longer there") from error
+    if base is None:
+        return _in_base64(files)
     data = [
         answers.OpenAIImage(url=f"{base}/images/{path.name}?sig={service.signer.sign(task.id)}")
         for task, path in zip(tasks, paths, strict=True)
@@ -134,22 +125,15 @@ def _client_is_gone() -> bool:
     return bool(poll.poll(0))
 
 
-def _is_in_vain(task: Task | None) -> bool:
-    return task is None or task.status == "failed"
-
-
 def _check_slot(is_free: bool) -> None:
     """Refuse a call that nobody could wait for; nothing is stored."""
-    headers = {"Retry-After": str(_RETRY_SECONDS)}
+    headers = {"Retry-After": "10"}
     if service.worker.is_draining:
         raise Refusal(503, "The server is stopping; nothing was stored. Try again", headers)
     if not is_free:
-        raise Refusal(
-            429,
-            "As many calls wait for their pictures as may (half of THREADS); nothing was "
-            "stored. Try again in a few seconds, or use POST /generate, which does not wait",
-            headers,
-        )
+        fact = "As many calls wait for their pictures as may (half of THREADS)"
+        advice = "Try again in a few seconds, or use POST /generate, which does not wait"
+        raise Refusal(429, f"{fact}; nothing was stored. {advice}", headers)
 
 
 def _completed(ids: list[str], tasks: list[Task | None]) -> list[Task]:
@@ -158,9 +142,10 @@ def _completed(ids: list[str], tasks: list[Task | None]) -> list[Task]:
         if task is None:
             raise Refusal(409, f"The task {task_id} was deleted", code="deleted")
         if task.status == "failed":
-            status, kind = _FAILURES.get(task.error_code or "", _ANOTHER_FAILURE)
+            code, status = task.error_code, _FAILURES.get(task.error_code or "", 502)
+            kind = "insufficient_quota" if code == "upstream_payment" else None
             sentence = f"The task {task_id} has failed: {task.error}"
-            raise Refusal(status, sentence, type=kind, code=task.error_code)
+            raise Refusal(status, sentence, type=kind, code=code)
     completed = [task for task in tasks if task and task.status == "completed"]
     if len(completed) < len(ids):
         sentence = "The pictures are not there yet; look at GET /status/<id>"
@@ -168,8 +153,8 @@ def _completed(ids: list[str], tasks: list[Task | None]) -> list[Task]:
     return completed
 
 
-def _in_base64(files: Sequence[IO[bytes]], opened: ExitStack) -> Response:
-    """Stream the files, which are then closed, with the length known before."""
+def _in_base64(files: Sequence[IO[bytes]]) -> Response:
+    """Stream the files, with the length known before."""
     before = [f'{{"created":{int(time.time())},"data":[{{"b64_json":"']
     before += ['"},{"b64_json":"'] * (len(files) - 1)
     after = '"}]}\n'
@@ -185,6 +170,4 @@ def _in_base64(files: Sequence[IO[bytes]], opened: ExitStack) -> Response:
         yield after.encode()
 
     headers = {"Content-Length": str(length)}
-    answer = Response(body(), headers=headers, content_type="application/json")
-    answer.call_on_close(opened.close)
-    return answer
+    return Response(body(), headers=headers, content_type="application/json")
