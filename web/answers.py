@@ -34,9 +34,7 @@ class Answer(BaseModel, extra="forbid", json_schema_serialization_defaults_requi
         """
         return cls.model_construct(**{**vars(record), **more})
 
-    def response(
-        self, headers: Mapping[str, str] | None = None, status: int | None = None
-    ) -> Response:
+    def response(self, headers: Mapping[str, str] | None = None, status: int = 0) -> Response:
         """Return the keys that were given, as one line."""
         text = self.model_dump_json(exclude_unset=True, warnings=False) + "\n"
         return Response(text, status or self.status_code, headers, content_type="application/json")
@@ -240,10 +238,9 @@ def waiting_for(
     for hold in queue_view.holds:
         if hold.probe:
             return f"{hold.reason}; one task is trying now"
-        if hold.until <= now:
-            continue
-        dated = hold.model == ALL_MODELS
-        return f"{hold.reason}; next try at {_clock_time(hold.until, now, dated)}"
+        if hold.until > now:
+            until = _clock_time(hold.until, now, dated=hold.model == ALL_MODELS)
+            return f"{hold.reason}; next try at {until}"
     if task.not_before and task.not_before > now:
         return (
             f"attempt {task.attempts + 1} of {config.max_attempts} "
