@@ -187,8 +187,7 @@ class Database:
                 (POSITIONS + 1,),
             )
             ((paused, pause_reason),) = connection.rows("SELECT paused, pause_reason FROM queue")
-            models = dict.fromkeys([ALL_MODELS, *(task.model for task in tasks)])
-            holds = _holds(connection, list(models))
+            holds = _holds(connection, [ALL_MODELS, *(task.model for task in tasks)])
             shared = QueueView(
                 ahead=0,
                 processing=_count_processing(connection),
@@ -324,10 +323,9 @@ class Database:
 
     def unfinished(self, ids: Iterable[str]) -> set[str]:
         """Return those of the tasks that are pending or processing."""
-        ids = list(ids)
-        marks = ", ".join("?" * len(ids))
-        sql = f"SELECT id FROM tasks WHERE id IN ({marks}) AND status IN ('pending', 'processing')"
-        return set(self._column(sql, ids))
+        sql = """SELECT id FROM tasks WHERE id IN (SELECT value FROM json_each(?))
+                   AND status IN ('pending', 'processing')"""
+        return set(self._column(sql, (json.dumps(list(ids)),)))
 
     def cancel(self, id: str, now: float) -> None:
         """Fail a pending task at once, and have the call of one that is processing cut."""
@@ -450,7 +448,7 @@ class Database:
                 """SELECT paused, pause_reason, quota_total, quota_used, quota_remaining
                    FROM queue"""
             )
-            models = connection.rows("SELECT model FROM holds ORDER BY model")
+            holds = _holds(connection)
             return Queue(
                 pending=pending,
                 processing=_count_processing(connection),
@@ -458,11 +456,7 @@ class Database:
                 pause_reason=reason,
                 oldest_pending=oldest,
                 calls_today=_calls_since(connection, midnight(now)),
-                holds=tuple(
-                    hold
-                    for hold in _holds(connection, [model for (model,) in models])
-                    if hold.probe or hold.until > now
-                ),
+                holds=tuple(hold for hold in holds if hold.probe or hold.until > now),
                 quota=None if quota[0] is None else tuple(quota),
             )
 
@@ -481,10 +475,8 @@ class Database:
                 "SELECT error_code, count(*) FROM tasks WHERE status = 'failed' GROUP BY 1"
             )
             buckets = connection.rows("SELECT le, calls FROM buckets ORDER BY le")
-            ((seconds, bytes_),) = connection.rows(
-                "SELECT upstream_seconds, image_bytes FROM queue"
-            )
-        return Stats(dict(statuses), dict(failures), tuple(buckets), seconds, bytes_)
+            totals = connection.rows("SELECT upstream_seconds, image_bytes FROM queue")
+        return Stats(dict(statuses), dict(failures), tuple(buckets), *totals[0])
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
@@ -744,16 +736,7 @@ def _set_hold(connection: _Connection, hold: NewHold, task: Task, now: float) ->
              step = CASE WHEN probe = :task THEN min(2 * step, :maximum) ELSE step END,
              until = max(until, :now + coalesce(:wait,
                CASE WHEN probe = :task THEN min(2 * step, :maximum) ELSE step END))""",
-        {
-            "model": hold.model,
-            "reason": hold.reason,
-            "wait": hold.wait,
-            "step": hold.step,
-            "maximum": hold.maximum,
-            "room": hold.room,
-            "task": task.id,
-            "now": now,
-        },
+        {**vars(hold), "task": task.id, "now": now},
     )
 
 
@@ -809,15 +792,12 @@ def midnight(now: float) -> float:
     return now - now % 86400
 
 
-def _holds(connection: _Connection, models: list[str]) -> tuple[Hold, ...]:
-    """Read the holds of these models, in their order."""
-    rows = [
-        row
-        for model in models
-        for row in connection.rows(
-            "SELECT model, reason, until, step, room, probe FROM holds WHERE model = ?", (model,)
-        )
-    ]
+def _holds(connection: _Connection, models: list[str] | None = None) -> tuple[Hold, ...]:
+    """Read the holds of these models, or all, ordered by model: that of ALL_MODELS comes first."""
+    sql = "SELECT model, reason, until, step, room, probe FROM holds"
+    if models is not None:
+        sql += " WHERE model IN (SELECT value FROM json_each(:models))"
+    rows = connection.rows(f"{sql} ORDER BY model", {"models": json.dumps(models)})
     return tuple(Hold(*row) for row in rows)
 
 
