@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,21 +75,12 @@ class CancelToken:
         self.reason: str | None = None
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._timer: threading.Timer | None = None
 
     def cancel(self, reason: str) -> None:
         """Shut the connection down, now or as soon as there is one; the first reason stays."""
         with self._lock:
             self.reason = self.reason or reason
             self._shut()
-
-    def cancel_after(self, seconds: float, reason: str) -> None:
-        """Cancel in that many seconds, instead of when it was last told."""
-        with self._lock:
-            self._cancel()
-            self._timer = threading.Timer(seconds, self.cancel, (reason,))
-            self._timer.daemon = True
-            self._timer.start()
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
         """Connect to the first address that answers; they share that time fairly."""
@@ -123,18 +115,9 @@ class CancelToken:
             self._socket = connection.dup()
 
     def close(self) -> None:
-        """Forget the connection and the time: nothing will be canceled any more."""
+        """Forget the connection: nothing will be shut down any more."""
         with self._lock:
-            timer = self._timer
-            self._cancel()
             self._forget()
-        if timer:
-            timer.join()
-
-    def _cancel(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
 
     def _forget(self) -> None:
         if self._socket:
@@ -147,12 +130,57 @@ class CancelToken:
                 self._socket.shutdown(socket.SHUT_RDWR)
 
 
+class Watchdog:
+    """Cancel each token at its deadline: one thread for all, which `close` ends."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._deadlines: dict[CancelToken, tuple[float, str]] = {}
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+
+    def cancel_after(self, token: CancelToken, seconds: float, reason: str) -> None:
+        """Cancel the token in that many seconds, instead of when was said before."""
+        with self._changed:
+            self._deadlines[token] = time.monotonic() + seconds, reason
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+                self._thread.start()
+
+    def forget(self, token: CancelToken) -> None:
+        """Leave the token alone from now on."""
+        with self._changed:
+            self._deadlines.pop(token, None)
+
+    def close(self) -> None:
+        """End the thread, and let nothing be canceled any more."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        if self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._is_closed:
+                now = time.monotonic()
+                for token, (deadline, reason) in list(self._deadlines.items()):
+                    if deadline <= now:
+                        del self._deadlines[token]
+                        token.cancel(reason)
+                nearest = min((when for when, _ in self._deadlines.values()), default=None)
+                self._changed.wait(None if nearest is None else nearest - now)
+
+
 class Chutes:
-    """Call Chutes' API, with one fresh connection for each call."""
+    """Call Chutes' API, with one fresh connection for each call. `close` it at the end."""
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time):
         self._config = config
         self._clock = clock
+        self._watchdog = Watchdog()
+        self._of_this_thread = threading.local()
         self._max_bytes = config.max_image_mb * 1024 * 1024
 
     def generate(
@@ -168,7 +196,12 @@ class Chutes:
             with _disk_faults(path), path.open("wb") as file:
                 return self._call(model, self._body(model, prompt, params), file, token)
         finally:
+            self._watchdog.forget(token)
             token.close()
+
+    def close(self) -> None:
+        """End the thread that watches the deadlines."""
+        self._watchdog.close()
 
     def _body(self, model: str, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
         if self._config.model_in_url:
@@ -178,13 +211,14 @@ class Chutes:
     def _call(self, model: str, body: dict[str, Any], file: Any, token: CancelToken) -> Reply:
         reply, framed = Reply(), False
         deadline = time.monotonic() + self._config.task_timeout
-        token.cancel_after(self._config.task_timeout, "deadline")
+        self._watchdog.cancel_after(token, self._config.task_timeout, "deadline")
         try:
-            with _Session(token) as session, self._post(session, model, body) as response:
+            with self._session(token) as session, self._post(session, model, body) as response:
                 reply = self._reply(response)
                 if not 200 <= response.status_code < 300:
                     left = max(0, deadline - time.monotonic())
-                    token.cancel_after(min(left, _ERROR_BODY_SECONDS), "error body")
+                    left = min(left, _ERROR_BODY_SECONDS)
+                    self._watchdog.cancel_after(token, left, "error body")
                     raise self._refusal(response, model, reply)
                 framed = response.raw.chunked or response.raw.length_remaining is not None
                 self._stream(response, file, reply)
@@ -194,6 +228,18 @@ class Chutes:
         if token.reason and not framed:
             raise self._fault(None, model, token, reply)
         return reply
+
+    @contextmanager
+    def _session(self, token: CancelToken) -> Iterator[requests.Session]:
+        """Lend this thread's session; what it has connected is closed after the call."""
+        if not hasattr(self._of_this_thread, "session"):
+            self._of_this_thread.session = _Session()
+        session: _Session = self._of_this_thread.session
+        session.adapter.token = token
+        try:
+            yield session
+        finally:
+            session.close()
 
     def _post(
         self, session: requests.Session, model: str, body: dict[str, Any]
@@ -339,9 +385,9 @@ class Chutes:
 class _Connection(HTTPConnection):
     """A connection that shows its socket to the token before anything is sent on it."""
 
-    def __init__(self, *args: Any, token: CancelToken, **kwargs: Any):
+    def __init__(self, *args: Any, adapter: "_Adapter", **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._token = token
+        self._token = adapter.token
 
     def _new_conn(self) -> socket.socket:
         # urllib3 has no public place before the TCP connection and the TLS handshake.
@@ -360,25 +406,25 @@ class _TLSConnection(_Connection, HTTPSConnection):
 
 
 class _Adapter(HTTPAdapter):
-    def __init__(self, token: CancelToken):
-        super().__init__(pool_connections=1, pool_maxsize=1, max_retries=0)
-        self._token = token
+    token: CancelToken
 
     def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
         pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
         connection = _TLSConnection if pool.scheme == "https" else _Connection
-        pool.ConnectionCls = functools.partial(connection, token=self._token)
+        pool.ConnectionCls = functools.partial(connection, adapter=self)
         return pool
 
 
 class _Session(requests.Session):
-    """A session for one call: no .netrc, no proxies, no redirects."""
+    """A session of one thread: no .netrc, no proxies, no redirects, no cookies."""
 
-    def __init__(self, token: CancelToken):
+    def __init__(self) -> None:
         super().__init__()
         self.trust_env = False
-        self.mount("http://", _Adapter(token))
-        self.mount("https://", _Adapter(token))
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self.adapter = _Adapter(pool_connections=1, pool_maxsize=1, max_retries=0)
+        self.mount("http://", self.adapter)
+        self.mount("https://", self.adapter)
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Say that there is none: even a redirect not followed is read whole into memory."""
