@@ -206,35 +206,22 @@ class Database:
             for task in tasks
         ]
 
-    def has_work(self, now: float) -> bool:
-        """Return whether `claim` would find a task; reads only, in well under a millisecond."""
-        ((found,),) = self._fetch(
-            f"""SELECT EXISTS (SELECT 1 FROM tasks INDEXED BY tasks_later
-                               WHERE status = 'pending' AND not_before <= :now)
-                    OR EXISTS ({_NEXT})""",
-            {"now": now},
-        )
-        return bool(found)
-
-    def next_start(self, count: int, seconds: float, now: float) -> float | None:
-        """Return when the rate limit allows the next call (epoch seconds), None for now."""
-        with self._read() as connection:
-            return _next_start(connection, count, seconds, now)
-
-    def calls_since(self, then: float, limit: int) -> int:
-        """Count the calls started since then, up to `limit`."""
-        with self._read() as connection:
-            return _calls_since(connection, then, limit)
-
-    def claim(self, now: float) -> Task | None:
+    def claim(
+        self, now: float, rate_limit: tuple[int, float] | None = None, max_per_day: int = 0
+    ) -> Task | None:
         """Take the next task that may run and note its call, or return None.
 
+        None may run where so many calls were started in that many seconds, or today.
         Highest priority first, then first in, first out. Passed over are tasks that wait
         for their next attempt, models that are held, and all while the queue is paused.
         The first task of a model after its hold has ended is the probe: no other task of
         that model is claimed before the probe's call has ended.
         """
         with self._write() as connection:
+            if max_per_day and _calls_since(connection, midnight(now), max_per_day) >= max_per_day:
+                return None
+            if rate_limit and _next_start(connection, *rate_limit, now):
+                return None
             connection.execute(
                 """UPDATE tasks INDEXED BY tasks_later SET not_before = NULL
                    WHERE status = 'pending' AND not_before <= ?""",
@@ -259,6 +246,21 @@ class Database:
                 (task.id, task.model, ALL_MODELS),
             )
             return task
+
+    def next_due(self, now: float, rate_limit: tuple[int, float] | None = None) -> float | None:
+        """Return when `claim` may find a task that it does not find now (epoch seconds).
+
+        None where that takes another change of the database, or the next day.
+        """
+        with self._read() as connection:
+            ((later, held),) = connection.rows(
+                """SELECT (SELECT min(not_before) FROM tasks INDEXED BY tasks_later
+                           WHERE status = 'pending' AND not_before > :now),
+                          (SELECT min(until) FROM holds WHERE until > :now)""",
+                {"now": now},
+            )
+            start = _next_start(connection, *rate_limit, now) if rate_limit else None
+        return min((due for due in (later, held, start) if due), default=None)
 
     def finish(self, task: Task, end: Ending, now: float) -> bool:
         """End the task's call, and with it the task, its hold and the queue's run as `end` says.

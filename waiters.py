@@ -1,21 +1,35 @@
 """Who waits for a task to end: HTTP threads, of which others must stay free."""
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+import doorbell
+from doorbell import Doorbell
 
 
 class Waiters:
     """Let threads wait for tasks to end, in at most `maximum` slots.
 
-    Where a task ends in this process, `ended` wakes its waiters at once. What other
-    processes end is found by `poll`, one query for all waiters, which whoever owns this
-    calls every few milliseconds.
+    Where a task ends in this process, `ended` wakes its waiters at once, and rings the other
+    processes where someone waits: each has a FIFO for as long as that is so. Who owns this is
+    rung by the doorbell, and calls `poll`, one query for all waiters.
     """
 
-    def __init__(self, unfinished: Callable[[Iterable[str]], set[str]], maximum: int):
+    def __init__(
+        self,
+        unfinished: Callable[[Iterable[str]], set[str]],
+        maximum: int,
+        bell: Doorbell,
+        path: Path,
+    ):
         self._unfinished = unfinished
         self._maximum = maximum
+        self._bell = bell
+        self._prefix = f"{path}."
+        self._path = Path(f"{path}.{os.getpid()}-{id(self):x}")
         self._lock = threading.Lock()
         self._taken = 0
         self._waiting: list[tuple[Collection[str], threading.Event]] = []
@@ -52,6 +66,8 @@ class Waiters:
         with self._lock:
             if self._released:
                 return False
+            if not self._waiting:
+                self._bell.listen(self._path)
             self._waiting.append(waiter)
         try:
             if len(self._unfinished(ids)) == len(ids):
@@ -59,6 +75,9 @@ class Waiters:
         finally:
             with self._lock:
                 self._waiting.remove(waiter)
+                if not self._waiting:
+                    self._bell.stop_listening(self._path)
+                    self._path.unlink(missing_ok=True)
         return not self._released
 
     def __bool__(self) -> bool:
@@ -71,8 +90,12 @@ class Waiters:
         return len(self._waiting)
 
     def ended(self, task_id: str) -> None:
-        """Wake those who wait for this task."""
+        """Wake those who wait for this task, in all processes."""
         self._wake(lambda waited_for: waited_for == task_id)
+        for path in self._path.parent.iterdir():
+            is_other = str(path).startswith(self._prefix) and path != self._path
+            if is_other and not doorbell.ring(path):
+                path.unlink(missing_ok=True)  # Its process has died.
 
     def poll(self) -> None:
         """Wake those of whose tasks one has ended, in whichever process."""

@@ -17,11 +17,13 @@ from typing import Any
 
 import chutes
 import db
+import doorbell
 import images
 import outputs
 from chutes import Canceled, CancelToken
 from config import Config
 from db import Database, DatabaseError
+from doorbell import Doorbell
 from records import (
     ALL_MODELS,
     CANCELED,
@@ -36,12 +38,15 @@ from records import (
 )
 from waiters import Waiters
 
-POLL_SECONDS = 0.02
+# Whoever sleeps looks up as often, in seconds, as a ring can be lost.
+MAX_SLEEP = 1.0
 MAX_BACKOFF = 300.0
 # A call reaches Chutes a little after it was claimed, and not always equally late.
 RATE_MARGIN = 0.25
 RETRY_SECONDS = 1.0
 _CANCEL_SECONDS = 5.0
+_CHORES_SECONDS = 1.0
+_DRAIN_POLL_SECONDS = 0.05
 _DISK_POLL_SECONDS = 1.0
 _PURGE_SECONDS = 60.0
 _PURGE_STEP = 5
@@ -57,7 +62,7 @@ class Worker:
     than CONCURRENCY tasks. The process that has the lock (flock on a file beside the
     database, for life) is the only one that makes calls, so that every task it finds
     under way when it begins is an orphan. The others stand by and take over at once.
-    `start` begins a thread, which `stop` ends; it owns the pool and the lock.
+    `start` begins a thread, which `stop` ends; it owns the pool, the lock and the client.
     """
 
     def __init__(
@@ -73,16 +78,20 @@ class Worker:
         self._db = database
         self._chutes = client
         self._decoder = decoder
+        self._bell = Doorbell()
+        self._bell_path = Path(f"{config.database_path}.bell")
         # Half of the HTTP threads may wait; the others answer.
-        self.waiters = Waiters(database.unfinished, config.threads // 2)
+        self.waiters = Waiters(
+            database.unfinished, config.threads // 2, self._bell, self._bell_path
+        )
         self._clock = clock
         self._jitter = jitter
-        self._wake = threading.Event()
         self._draining = False
         self._running: dict[str, tuple[Task, CancelToken]] = {}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        self._next_expiry = 0.0
+        self._last_chores = 0.0
+        self._disk_is_full = False
         self._last_tick = 0.0
         self._last_purge = 0.0
         self._last_purged_call = _FIRST_CALL
@@ -100,8 +109,9 @@ class Worker:
                 self._thread.start()
 
     def wake(self) -> None:
-        """Look for a task at once instead of in a few milliseconds."""
-        self._wake.set()
+        """Have the process that runs the queue, whichever it is, look at it at once."""
+        if not doorbell.ring(self._bell_path):
+            self._bell.ring()
 
     def cancel(self, task_id: str) -> None:
         """End a task: a pending one at once, one under way as soon as its call is canceled."""
@@ -133,72 +143,97 @@ class Worker:
         Safe in a signal handler. What is canceled so goes back to pending, and does not count.
         """
         self._draining = True
+        self._bell.ring()
 
     def stop(self) -> None:
         """Drain, and return when no call is under way and the lock is free for others."""
         self.drain()
         if self._thread:
             self._thread.join()
+        self._chutes.close()
+        self._bell.close()
 
     def _run(self) -> None:
         with _QueueLock(self._config.database_path) as lock:
-            until = math.inf
-            while not lock.acquire():
-                if self._should_drain():
-                    # What another process has under way may end in time for those who wait here.
-                    until = min(until, time.monotonic() + self._config.shutdown_grace)
-                    if not self.waiters or time.monotonic() >= until:
-                        self.waiters.release()
-                        return
-                self._stand_by()
+            if not self._stand_by(lock):
+                return
             log.info("this process runs the queue")
+            self._bell.listen(self._bell_path)
             with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
                 self._write_until_accepted(self._recover, self._should_drain)
                 while not self._should_drain():
-                    self._tick(pool)
+                    self._bell.wait(self._tick(pool))
                 self._finish_running()
                 self.waiters.release()
+            self._bell.stop_listening(self._bell_path)
+
+    def _stand_by(self, lock: "_QueueLock") -> bool:
+        """Wait for the lock, and return whether this process has it; not if it is to drain."""
+        until = math.inf
+        while True:
+            # In this order: the end of a process that has the lock now is noticed.
+            self._bell.watch(self._bell_path)
+            if lock.acquire():
+                return True
+            if self._should_drain():
+                # What another process has under way may end in time for those who wait here.
+                until = min(until, time.monotonic() + self._config.shutdown_grace)
+                if not self.waiters or time.monotonic() >= until:
+                    self.waiters.release()
+                    return False
+            try:
+                self.waiters.poll()
+            except DatabaseError as error:
+                log.error("the waiters wait for the database: %s", error)
+            self._bell.wait(_DRAIN_POLL_SECONDS if self._draining else MAX_SLEEP)
 
     def _should_drain(self) -> bool:
         if not self._draining and not self._keep_running():
             self.drain()
         return self._draining
 
-    def _stand_by(self) -> None:
-        try:
-            self.waiters.poll()
-        except DatabaseError as error:
-            log.error("the waiters wait for the database: %s", error)
-        self._wake.wait(POLL_SECONDS)
-        self._wake.clear()
-
-    def _tick(self, pool: ThreadPoolExecutor) -> None:
-        self._wake.clear()
+    def _tick(self, pool: ThreadPoolExecutor) -> float:
+        """Do all that is due, and return how many seconds nothing will be."""
         try:
             self._check_clock()
-            self._expire()
-            self._purge()
-            self._cancel_requested()
-            self.waiters.poll()
+            has_more = self._do_chores()
             while self._has_room() and not self._should_drain() and self._start_one(pool):
                 pass
+            self._cancel_requested()
+            self.waiters.poll()
+            return 0 if has_more else self._seconds_until_due()
         except DatabaseError as error:
             log.error("the queue waits for its database: %s", error)
-            self._wake.wait(1)
         except Exception:
             log.exception("internal error in the queue; it goes on in a second")
-            self._wake.wait(1)
-        self._wake.wait(POLL_SECONDS)
+        return MAX_SLEEP
+
+    def _seconds_until_due(self) -> float:
+        if not self._has_room():
+            return MAX_SLEEP  # Whoever makes room rings.
+        now = self._clock()
+        due = self._db.next_due(now, rate_limit(self._config))
+        return MAX_SLEEP if due is None else min(MAX_SLEEP, max(0.0, due - now))
+
+    def _do_chores(self) -> bool:
+        """Do once a second, in steps, what no task waits for; return whether there is more."""
+        now = self._clock()
+        if abs(now - self._last_chores) < _CHORES_SECONDS:
+            return False
+        self._disk_is_full = self._look_at_disk(now)
+        has_more = self._expire(now) or self._purge(now)
+        self._last_chores = self._last_chores if has_more else now
+        return has_more
 
     def _has_room(self) -> bool:
         return len(self._running) < self._config.concurrency
 
     def _start_one(self, pool: ThreadPoolExecutor) -> bool:
         """Claim a task and hand it to the pool; False where none may start now."""
-        now = self._clock()
-        if not self._db.has_work(now) or self._rate_limited(now) or self._disk_is_full(now):
+        if self._disk_is_full:
             return False
-        task = self._db.claim(now)
+        limit = rate_limit(self._config)
+        task = self._db.claim(self._clock(), limit, self._config.max_per_day)
         if task is None:
             return False
         token = CancelToken()
@@ -222,15 +257,9 @@ class Worker:
         if "interpreter" in str(error):
             self.drain()
         else:
-            self._wake.wait(1)
+            time.sleep(1)
 
-    def _rate_limited(self, now: float) -> bool:
-        limit, maximum = rate_limit(self._config), self._config.max_per_day
-        if maximum and self._db.calls_since(db.midnight(now), maximum) >= maximum:
-            return True
-        return limit is not None and self._db.next_start(*limit, now) is not None
-
-    def _disk_is_full(self, now: float) -> bool:
+    def _look_at_disk(self, now: float) -> bool:
         """Return whether there is too little room to pay for a call."""
         if outputs.is_low_on_disk(self._config):
             return True
@@ -249,26 +278,27 @@ class Worker:
             self._last_purged_call = _FIRST_CALL
         self._last_tick = now
 
-    def _purge(self) -> None:
-        """Remove what ended RETENTION_DAYS ago, and what deleted tasks left; a little a turn."""
-        now = self._clock()
+    def _purge(self, now: float) -> bool:
+        """Remove what ended RETENTION_DAYS ago, and what deleted tasks left; a little a time.
+
+        Returns whether there may be more.
+        """
         if abs(now - self._last_purge) < _PURGE_SECONDS:
-            return
-        retired = []
+            return False
         if self._config.retention_days:
             before = now - self._config.retention_days * 86400
-            retired = self._db.purge(before, _PURGE_STEP, self._limits_since())
-        for task in retired:
-            self._delete_files(task)
-        if retired:
-            log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
-            return
+            if retired := self._db.purge(before, _PURGE_STEP, self._limits_since()):
+                for task in retired:
+                    self._delete_files(task)
+                log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
+                return True
         for task_id in self._db.pending_deletions(_PURGE_STEP):
             self._finish_deletion(task_id)
         if last := self._db.purge_calls(self._last_purged_call, self._limits_since()):
             self._last_purged_call = last
-            return
+            return True
         self._last_purge = now
+        return False
 
     def _limits_since(self) -> float:
         """Return from when on (epoch seconds) calls count for a limit, the day's or the rate's."""
@@ -276,16 +306,15 @@ class Worker:
         limit = rate_limit(self._config)
         return min(db.midnight(now), now - limit[1] if limit else now)
 
-    def _expire(self) -> None:
-        """Fail what has waited too long; once a second, in steps."""
-        now = self._clock()
-        if not self._config.task_ttl or abs(now - self._next_expiry) < 1:
-            return
+    def _expire(self, now: float) -> bool:
+        """Fail what has waited too long, in steps; return whether there may be more."""
+        if not self._config.task_ttl:
+            return False
         error = f"The task waited longer than {self._config.task_ttl} seconds (TASK_TTL)"
-        if expired := self._db.expire(now - self._config.task_ttl, error, now):
+        expired = self._db.expire(now - self._config.task_ttl, error, now)
+        if expired:
             log.info("tasks expired", extra={"count": expired})
-        else:
-            self._next_expiry = now
+        return bool(expired)
 
     def _cancel_requested(self) -> None:
         """Cut the calls that a client, in whichever process, has canceled."""
@@ -320,7 +349,7 @@ class Worker:
         end = replace(end, seconds=time.monotonic() - began)
         self._write_until_accepted(lambda: self._finish(task, end), self._is_over.is_set)
         self._running.pop(task.id, None)
-        self._wake.set()
+        self._bell.ring()
 
     def _call(self, task: Task, part: Path, token: CancelToken) -> Ending:
         """Fetch and keep the image; return how that ended."""
@@ -474,8 +503,7 @@ class Worker:
         while self._running and (left := deadline - time.monotonic()) > 0:
             with suppress(DatabaseError):
                 self._cancel_requested()
-            self._wake.wait(min(left, POLL_SECONDS))
-            self._wake.clear()
+            self._bell.wait(min(left, _DRAIN_POLL_SECONDS))
 
 
 class _QueueLock:

@@ -20,10 +20,22 @@ class Clock:
     """A clock that stands until a test turns it."""
 
     def __init__(self, now=1_790_000_000.0):
-        self.now = now
+        self._now = now
+        self.turned = {}
 
     def __call__(self):
-        return self.now
+        return self._now
+
+    @property
+    def now(self):
+        return self._now
+
+    @now.setter
+    def now(self, now):
+        """Turn the clock, and have those look at it who sleep until a time of theirs."""
+        self._now = now
+        for look in list(self.turned.values()):
+            look()
 
 
 def read_whole(wsgi_app):

@@ -27,6 +27,7 @@ class Queue:
         self.decoder = images.Decoder()
         client = Chutes(config, clock)
         self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: jitter)
+        clock.turned[self] = self.worker.wake
 
     def add(self, prompt="p", model="m", priority=0):
         task_id = str(uuid.uuid4())
@@ -67,6 +68,7 @@ class Queue:
         return [outcome for (outcome,) in rows.read(self.db.path, sql)]
 
     def close(self):
+        del self.clock.turned[self]
         self.worker.stop()
         self.decoder.close()
         self.db.close()
@@ -74,4 +76,4 @@ class Queue:
 
 def ever(fact, looks=20):
     """Look again for as many turns of the queue as would let it happen."""
-    return any(fact() or threading.Event().wait(worker.POLL_SECONDS) for _ in range(looks))
+    return any(fact() or threading.Event().wait(0.02) for _ in range(looks))

@@ -84,15 +84,14 @@ def test_a_claim_is_for_one(database):
     task = database.claim(NOW)
     assert (task.status, task.calls, task.attempts) == ("processing", 1, 0)
     assert database.claim(NOW) is None
-    assert not database.has_work(NOW)
 
 
 def test_a_task_that_waits_for_its_next_attempt_blocks_no_other(database):
     add(database, "a", "b")
     database.finish(database.claim(NOW), retry("failed", NOW + 60), NOW)
     assert claimed(database, NOW + 59) == ["b"]
-    assert not database.has_work(NOW + 59)
-    assert database.has_work(NOW + 60)
+    assert database.next_due(NOW + 59) == NOW + 60
+    assert database.next_due(NOW + 60) is None
     task = database.claim(NOW + 60)
     assert (task.id, task.calls, task.attempts, task.last_error) == ("a", 2, 1, "failed")
 
@@ -242,7 +241,7 @@ def test_calls_of_a_deleted_task_still_count_for_the_limits(database):
         database.finish(task, FAILED, now)
         assert database.delete(task.id, NOW - 50)
     assert rows.read(database.path, "SELECT task FROM calls") == [("b",)]
-    assert database.calls_since(NOW - 50, 9) == 1
+    assert database.queue(NOW - NOW % 86400 + 1).calls_today == 1
 
 
 def test_calls_of_deleted_tasks_are_purged_in_steps_and_no_others(database):
@@ -267,16 +266,46 @@ def test_calls_are_purged_by_an_index(opened):
     assert steps and all(step.startswith(("SEARCH", "CORRELATED")) for step in steps)
 
 
+def start_after(database, count, seconds, now):
+    """Return when the rate limit allows the next start."""
+    task = NewTask("view", "p", "m", {})
+    if database.get("view") is None:
+        database.add([task], now)
+    return database.queue_view(database.get("view"), (count, seconds), now).next_start
+
+
 def test_the_rate_limit_slides_over_the_calls_that_were_started(database):
     add(database, "a", "b", "c")
-    assert database.next_start(2, 60, NOW) is None
+    assert start_after(database, 2, 60, NOW) is None
     database.claim(NOW)
-    assert database.next_start(2, 60, NOW + 1) is None
+    assert start_after(database, 2, 60, NOW + 1) is None
     database.claim(NOW + 10)
-    assert database.next_start(2, 60, NOW + 11) == NOW + 60
-    assert database.next_start(2, 60, NOW + 60) is None
+    assert start_after(database, 2, 60, NOW + 11) == NOW + 60
+    assert start_after(database, 2, 60, NOW + 60) is None
     database.claim(NOW + 60)
-    assert database.next_start(2, 60, NOW + 61) == NOW + 70
+    assert start_after(database, 2, 60, NOW + 61) == NOW + 70
+
+
+def test_nothing_is_claimed_past_the_limits_of_the_rate_and_of_the_day(database):
+    add(database, "a", "b", "c")
+    assert database.claim(NOW, (1, 60), 2).id == "a"
+    assert database.claim(NOW + 59, (1, 60), 2) is None
+    assert database.next_due(NOW + 59, (1, 60)) == NOW + 60
+    assert database.claim(NOW + 60, (1, 60), 2).id == "b"
+    assert database.claim(NOW + 120, (1, 60), 2) is None
+    tomorrow = NOW - NOW % 86400 + 86400
+    assert database.claim(tomorrow, (1, 60), 2).id == "c"
+
+
+def test_the_next_thing_that_is_due_is_the_earliest(database):
+    add(database, "a", "b", "c")
+    assert database.next_due(NOW) is None
+    database.finish(database.claim(NOW), retry("e", NOW + 60), NOW)
+    assert database.next_due(NOW) == NOW + 60
+    database.finish(database.claim(NOW), held(), NOW)
+    assert database.next_due(NOW) == NOW + 5
+    assert database.next_due(NOW, (1, 2)) == NOW + 2
+    assert database.next_due(NOW + 70) is None
 
 
 def test_a_clock_set_back_stops_nothing_for_long(database):
@@ -286,8 +315,8 @@ def test_a_clock_set_back_stops_nothing_for_long(database):
     database.finish(database.claim(NOW), held(wait=60), NOW)
     past = NOW - 86400
     database.clamp_future_times(past, 300)
-    assert database.next_start(1, 60, past + 59) == past + 60
-    assert database.next_start(1, 60, past + 60) is None
+    assert start_after(database, 1, 60, past + 59) == past + 60
+    assert start_after(database, 1, 60, past + 60) is None
     assert database.get("a").not_before == past + 300
     assert database.hold("m").until == past + 3600
 
@@ -489,7 +518,7 @@ def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, is_held):
                 task = database.claim(NOW)
                 database.finish(task, held(task.model), NOW)
         steps.append(steps_taken(connections, lambda: database.claim(NOW)))  # noqa: B023
-        steps.append(steps_taken(connections, lambda: database.has_work(NOW)))  # noqa: B023
+        steps.append(steps_taken(connections, lambda: database.next_due(NOW)))  # noqa: B023
         database.close()
     assert steps[2] <= steps[0] + 10
     assert steps[3] <= steps[1] + 10

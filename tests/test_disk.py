@@ -3,6 +3,7 @@
 import os
 import subprocess
 import threading
+import time
 
 import pytest
 from conftest import finished, submit, wait_until
@@ -65,6 +66,8 @@ def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
     status, headers, answer = server.request("POST", "/generate", {"prompt": "p"})
     assert (status, int(headers["Retry-After"]) > 0) == (507, True)
     assert "MIN_FREE_MB" in answer["error"]
+    filled = time.monotonic()
+    wait_until(lambda: time.monotonic() > filled + 2)  # The disk is looked at once a second.
     upstream.gate.set()
     wait_until(lambda: server.status(ids[0])["status"] == "completed")
     waits = server.status(ids[1])["waiting_for"]

@@ -31,7 +31,7 @@ LAYERS = [
     {"worker"},
     {"db", "chutes", "outputs", "waiters"},
     {"images", "config"},
-    {"records", "redact", "logs"},
+    {"records", "redact", "logs", "doorbell"},
 ]
 OURS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path

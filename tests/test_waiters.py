@@ -5,6 +5,7 @@ import threading
 import pytest
 from conftest import wait_until
 
+from doorbell import Doorbell
 from waiters import Waiters
 
 
@@ -18,6 +19,20 @@ class Ends:
     def unfinished(self, ids):
         self.looks.append(set(ids))
         return self.left & set(ids)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a maker of waiters, with a doorbell each."""
+    bells = []
+
+    def build(unfinished, maximum):
+        bells.append(Doorbell())
+        return Waiters(unfinished, maximum, bells[-1], tmp_path / "bell")
+
+    yield build
+    for bell in bells:
+        bell.close()
 
 
 @pytest.fixture
@@ -41,8 +56,8 @@ def waiting(waiters, count):
     wait_until(lambda: waiters.count == count)
 
 
-def test_the_end_of_a_task_wakes_its_waiters_and_no_others(wait):
-    waiters = Waiters(Ends("a", "b").unfinished, 10)
+def test_the_end_of_a_task_wakes_its_waiters_and_no_others(make, wait):
+    waiters = make(Ends("a", "b").unfinished, 10)
     first, second, other = wait(waiters, "a"), wait(waiters, "a"), wait(waiters, "b")
     waiting(waiters, 3)
     waiters.ended("a")
@@ -50,13 +65,13 @@ def test_the_end_of_a_task_wakes_its_waiters_and_no_others(wait):
     assert [first.is_alive(), second.is_alive(), other.is_alive()] == [False, False, True]
 
 
-def test_a_task_that_has_ended_is_not_waited_for(wait):
-    assert not wait(Waiters(Ends().unfinished, 10), "a").join(10)
+def test_a_task_that_has_ended_is_not_waited_for(make, wait):
+    assert not wait(make(Ends().unfinished, 10), "a").join(10)
 
 
-def test_one_look_finds_what_other_processes_have_ended(wait):
+def test_one_look_finds_what_other_processes_have_ended(make, wait):
     ends = Ends("a", "b", "c")
-    waiters = Waiters(ends.unfinished, 10)
+    waiters = make(ends.unfinished, 10)
     threads = {name: wait(waiters, name) for name in ("a", "b", "c")}
     waiting(waiters, 3)
     ends.left = {"c"}
@@ -67,14 +82,14 @@ def test_one_look_finds_what_other_processes_have_ended(wait):
     assert ends.looks == [{"a", "b", "c"}]
 
 
-def test_without_waiters_nothing_is_looked_for():
+def test_without_waiters_nothing_is_looked_for(make):
     ends = Ends()
-    Waiters(ends.unfinished, 10).poll()
+    make(ends.unfinished, 10).poll()
     assert ends.looks == []
 
 
-def test_past_the_most_one_is_answered_at_once(wait):
-    waiters = Waiters(Ends("a").unfinished, 2)
+def test_past_the_most_one_is_answered_at_once(make, wait):
+    waiters = make(Ends("a").unfinished, 2)
     wait(waiters, "a"), wait(waiters, "a")
     waiting(waiters, 2)
     waiters.wait("a", 60)
@@ -83,14 +98,14 @@ def test_past_the_most_one_is_answered_at_once(wait):
     assert urgent.is_alive()
 
 
-def test_a_place_is_free_again_when_the_time_is_over():
-    waiters = Waiters(Ends("a").unfinished, 1)
+def test_a_place_is_free_again_when_the_time_is_over(make):
+    waiters = make(Ends("a").unfinished, 1)
     waiters.wait("a", 0.01)
     assert waiters.count == 0
 
 
-def test_all_are_released_and_no_one_waits_any_more(wait):
-    waiters = Waiters(Ends("a").unfinished, 10)
+def test_all_are_released_and_no_one_waits_any_more(make, wait):
+    waiters = make(Ends("a").unfinished, 10)
     thread = wait(waiters, "a")
     waiting(waiters, 1)
     waiters.release()
@@ -99,11 +114,11 @@ def test_all_are_released_and_no_one_waits_any_more(wait):
     waiters.wait("a", 60)
 
 
-def test_a_database_that_fails_leaves_no_waiter_behind():
+def test_a_database_that_fails_leaves_no_waiter_behind(make):
     def fail(ids):
         raise OSError("disk")
 
-    waiters = Waiters(fail, 1)
+    waiters = make(fail, 1)
     with pytest.raises(OSError, match="disk"):
         waiters.wait("a", 60)
     assert waiters.count == 0
