@@ -3,10 +3,13 @@
 import bisect
 import fcntl
 import json
+import logging
 import os
+import shutil
 import sqlite3
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -34,9 +37,13 @@ from records import (
 
 POSITIONS = 1000
 KEY_SECONDS = 86400.0
-_VERSION = 1
 _Values = Sequence[Any] | Mapping[str, Any]
-_SCHEMA = Path(__file__).with_name("schema.sql")
+# One script a version.
+_SCRIPTS = Path(__file__).with_name("schema.sql").read_text().split("\n-- version ")[1:]
+_SCRIPTS = [script.partition("\n")[2] for script in _SCRIPTS]
+VERSION = len(_SCRIPTS)
+
+log = logging.getLogger("db")
 
 
 class DatabaseError(Exception):
@@ -102,7 +109,7 @@ class Database:
         try:
             with self._alone():
                 self._writer = self._connect()
-                self._create_tables()
+                self._bring_up_to_date()
                 self._reader = self._connect()
         except BaseException:
             os.close(self._lock)
@@ -190,7 +197,7 @@ class Database:
             holds = _holds(connection, [ALL_MODELS, *(task.model for task in tasks)])
             shared = QueueView(
                 ahead=0,
-                processing=_count_processing(connection),
+                processing=_count(connection, "processing"),
                 paused=bool(paused),
                 pause_reason=pause_reason,
                 holds=(),
@@ -442,18 +449,16 @@ class Database:
     def queue(self, now: float) -> Queue:
         """Read how the queue stands, at one instant."""
         with self._read() as connection:
-            ((pending, oldest),) = connection.rows(
-                """SELECT count(*), min(created_at) FROM tasks INDEXED BY tasks_age
-                   WHERE status = 'pending'"""
-            )
+            sql = "SELECT min(created_at) FROM tasks INDEXED BY tasks_age WHERE status = 'pending'"
+            ((oldest,),) = connection.rows(sql)
             ((paused, reason, *quota),) = connection.rows(
                 """SELECT paused, pause_reason, quota_total, quota_used, quota_remaining
                    FROM queue"""
             )
             holds = _holds(connection)
             return Queue(
-                pending=pending,
-                processing=_count_processing(connection),
+                pending=_count(connection, "pending"),
+                processing=_count(connection, "processing"),
                 paused=bool(paused),
                 pause_reason=reason,
                 oldest_pending=oldest,
@@ -472,13 +477,26 @@ class Database:
     def stats(self) -> Stats:
         """Read the numbers that are for gauges only."""
         with self._read() as connection:
-            statuses = connection.rows("SELECT status, count(*) FROM tasks GROUP BY 1")
-            failures = connection.rows(
-                "SELECT error_code, count(*) FROM tasks WHERE status = 'failed' GROUP BY 1"
-            )
+            counts = connection.rows("SELECT status, error_code, tasks FROM counts")
             buckets = connection.rows("SELECT le, calls FROM buckets ORDER BY le")
             totals = connection.rows("SELECT upstream_seconds, image_bytes FROM queue")
-        return Stats(dict(statuses), dict(failures), tuple(buckets), *totals[0])
+        statuses: Counter[str] = Counter()
+        for status, _, tasks in counts:
+            statuses[status] += tasks
+        failures = {code: tasks for status, code, tasks in counts if status == "failed"}
+        return Stats(statuses, failures, tuple(buckets), *totals[0])
+
+    def check_counts(self) -> bool:
+        """Count the tasks anew; return whether the counts were right, which they are then."""
+        anew = "SELECT status, coalesce(error_code, ''), count(*) FROM tasks GROUP BY 1, 2"
+        kept = "SELECT * FROM counts WHERE tasks != 0"
+        with self._read() as connection:
+            if set(connection.rows(anew)) == set(connection.rows(kept)):
+                return True
+        with self._write() as connection:
+            connection.execute("DELETE FROM counts")
+            connection.execute(f"INSERT INTO counts {anew}")
+        return False
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
@@ -574,18 +592,39 @@ class Database:
         connection.rows("PRAGMA synchronous = FULL")
         return connection
 
-    def _create_tables(self) -> None:
-        ((version,),) = self._writer.rows("PRAGMA user_version")
-        if version == _VERSION:
+    def _bring_up_to_date(self) -> None:
+        """Make the tables, or those that came since the database's version, in one transaction."""
+        version = self._writer.count("PRAGMA user_version")
+        if version == VERSION:
             return
-        if version or self._writer.rows("SELECT 1 FROM sqlite_schema"):
+        if version > VERSION:
             raise DatabaseError(
-                f"{self.path} was made by another program or another version: "
+                f"{self.path} was made by a newer version of this server: "
+                "update it, or name another file in DATABASE_PATH"
+            )
+        if version:
+            self._copy(version)
+        elif self._writer.rows("SELECT 1 FROM sqlite_schema"):
+            raise DatabaseError(
+                f"{self.path} was made by another program: "
                 "move it away, or name another file in DATABASE_PATH"
             )
+        scripts = "".join(_SCRIPTS[version:])
         self._writer.executescript(
-            f"BEGIN IMMEDIATE; {_SCHEMA.read_text()} PRAGMA user_version = {_VERSION}; COMMIT"
+            f"BEGIN IMMEDIATE; {scripts} PRAGMA user_version = {VERSION}; COMMIT"
         )
+
+    def _copy(self, version: int) -> None:
+        """Keep the database as it is, beside it, where there is room for two of them."""
+        copy = Path(f"{self.path}.version-{version}")
+        if copy.exists() or shutil.disk_usage(copy.parent).free < 2 * self.path.stat().st_size:
+            log.warning("%s is not copied before it is brought up to date", self.path)
+            return
+        part = Path(f"{copy}.part")
+        part.unlink(missing_ok=True)
+        self._writer.execute("VACUUM INTO ?", (str(part),))
+        part.replace(copy)
+        log.info("%s is brought up to date; %s is as it was", self.path, copy)
 
     def _fetch(self, sql: str, values: _Values = ()) -> list[Any]:
         """Read all rows of one statement."""
@@ -771,12 +810,7 @@ def _free_slots(connection: _Connection, max_pending: int | None) -> int:
     """Return how many more tasks may be pending."""
     if max_pending is None:
         return sys.maxsize
-    pending = connection.count(
-        """SELECT count(*) FROM (SELECT 1 FROM tasks INDEXED BY tasks_line
-                                 WHERE status = 'pending' LIMIT ?)""",
-        (max_pending,),
-    )
-    return max_pending - pending
+    return max_pending - _count(connection, "pending")
 
 
 def _check_pending_limit(connection: _Connection, max_pending: int | None, wanted: int = 1) -> None:
@@ -812,9 +846,10 @@ def _next_start(connection: _Connection, count: int, seconds: float, now: float)
     return rows[0][0] + seconds if rows else None
 
 
-def _count_processing(connection: _Connection) -> int:
-    sql = "SELECT count(*) FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
-    return connection.count(sql)
+def _count(connection: _Connection, status: str) -> int:
+    return connection.count(
+        "SELECT coalesce(sum(tasks), 0) FROM counts WHERE status = ?", (status,)
+    )
 
 
 def _task(row: tuple[Any, ...]) -> Task:

@@ -1,3 +1,8 @@
+-- The tables of the database, version by version: a new database runs them all, an old one
+-- those that it has not seen.
+
+-- version 1
+
 CREATE TABLE tasks (
   seq INTEGER PRIMARY KEY AUTOINCREMENT,
   id TEXT NOT NULL UNIQUE,
@@ -94,3 +99,30 @@ CREATE TABLE queue (
   image_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 INSERT INTO queue (id) VALUES (1);
+
+-- version 2
+
+-- How many tasks there are, by status and error_code: counted as they change, in the same
+-- transaction, since to count them anew takes as long as there are many.
+CREATE TABLE counts (
+  status TEXT NOT NULL,
+  error_code TEXT NOT NULL, -- '' where there is none
+  tasks INTEGER NOT NULL,
+  PRIMARY KEY (status, error_code)
+) STRICT, WITHOUT ROWID;
+INSERT INTO counts SELECT status, coalesce(error_code, ''), count(*) FROM tasks GROUP BY 1, 2;
+
+CREATE TRIGGER tasks_added AFTER INSERT ON tasks BEGIN
+  INSERT INTO counts VALUES (new.status, coalesce(new.error_code, ''), 1)
+    ON CONFLICT DO UPDATE SET tasks = tasks + 1;
+END;
+CREATE TRIGGER tasks_deleted AFTER DELETE ON tasks BEGIN
+  UPDATE counts SET tasks = tasks - 1
+    WHERE status = old.status AND error_code = coalesce(old.error_code, '');
+END;
+CREATE TRIGGER tasks_changed AFTER UPDATE OF status, error_code ON tasks BEGIN
+  UPDATE counts SET tasks = tasks - 1
+    WHERE status = old.status AND error_code = coalesce(old.error_code, '');
+  INSERT INTO counts VALUES (new.status, coalesce(new.error_code, ''), 1)
+    ON CONFLICT DO UPDATE SET tasks = tasks + 1;
+END;

@@ -450,6 +450,8 @@ class Worker:
         now = self._clock()
         self._db.clamp_future_times(now, MAX_BACKOFF)
         self._db.reset_run_state(self._config.max_attempts, now)
+        if not self._db.check_counts():
+            log.error("the counts of tasks were wrong; they are counted anew")
         for task_id in self._db.pending_deletions():
             self._finish_deletion(task_id)
         for task in self._db.orphans():
