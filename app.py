@@ -5,10 +5,11 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, request
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -63,6 +64,7 @@ def create_app(config: Config) -> Flask:
         proxied = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count)
         app.wsgi_app = proxied  # type: ignore[method-assign]
     app.before_request(_begin)
+    app.before_request(_start_worker)
     app.after_request(_note)
     errors.register(app, config)
     for module in (tasks, openapi, page, health, images, openai):
@@ -120,13 +122,19 @@ def _begin() -> None:
     g.request_id = access.request_id(config)
     if connection := request.environ.get("gunicorn.socket"):
         connection.settimeout(_STALL_SECONDS)
-    service.worker.start()
     # Who has a signed address was given it for this image, and may show it anywhere.
     if request.path == "/healthz" or access.is_signed(service.signer):
         return
     access.check_origin(config)
     if openapi.needs_key():
         g.client = access.authenticate(config)
+
+
+def _start_worker() -> None:
+    """Start the worker at the first request, where nobody has: under `flask run`."""
+    service.worker.start()
+    with suppress(ValueError):  # Another request came first.
+        current_app.before_request_funcs[None].remove(_start_worker)
 
 
 def _note(response: Response) -> Response:

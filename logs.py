@@ -1,5 +1,6 @@
 """The log lines: their two formats, and the promise that no secret is in one."""
 
+import functools
 import json
 import logging
 import re
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_AMBIGUOUS = re.compile(r'[\s="]')
 _OWN_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -17,7 +19,7 @@ class Formatter(logging.Formatter):
     are escaped and values quoted, so that no text from outside can forge a line or a fact.
     """
 
-    converter = staticmethod(time.gmtime)
+    _time_format = "%Y-%m-%d %H:%M:%S"
 
     def __init__(self, scrub: Callable[[str], str]):
         super().__init__()
@@ -27,8 +29,7 @@ class Formatter(logging.Formatter):
         return self._scrub(self._lay_out(record))
 
     def _lay_out(self, record: logging.LogRecord) -> str:
-        when = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        words = [f"{when}.{int(record.msecs):03d} {record.process} {record.levelname}"]
+        words = [f"{self._when(record)} {record.process} {record.levelname}"]
         words.append(_one_line(record.getMessage()))
         words += [f"{key}={_value(value)}" for key, value in _extra(record).items()]
         line = " ".join(words)
@@ -36,13 +37,18 @@ class Formatter(logging.Formatter):
             line += "\n" + self.formatException(record.exc_info)
         return line
 
+    def _when(self, record: logging.LogRecord) -> str:
+        return f"{_second(self._time_format, int(record.created))}.{int(record.msecs):03d}"
+
 
 class JsonFormatter(Formatter):
     """Format a record as one JSON object on one line, its traceback included."""
 
+    _time_format = "%Y-%m-%dT%H:%M:%S"
+
     def _lay_out(self, record: logging.LogRecord) -> str:
         fields = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}Z",
+            "time": f"{self._when(record)}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "process": record.process,
@@ -72,6 +78,11 @@ def to_stderr(log_format: str, scrub: Callable[[str], str]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
+@functools.lru_cache(maxsize=8)
+def _second(form: str, second: int) -> str:
+    return time.strftime(form, time.gmtime(second))
+
+
 def _extra(record: logging.LogRecord) -> dict[str, object]:
     return {
         key: value
@@ -83,8 +94,10 @@ def _extra(record: logging.LogRecord) -> dict[str, object]:
 def _value(value: object) -> str:
     """Quote what would not end where the next fact begins."""
     text = str(value)
-    return _one_line(json.dumps(text, ensure_ascii=False) if re.search(r'[\s="]', text) else text)
+    return _one_line(json.dumps(text, ensure_ascii=False) if _AMBIGUOUS.search(text) else text)
 
 
 def _one_line(text: str) -> str:
+    if text.isprintable():
+        return text
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -1,6 +1,7 @@
 """Who may come in: the holders of a key, and no other site's pages."""
 
 import fcntl
+import functools
 import hashlib
 import hmac
 import itertools
@@ -60,9 +61,10 @@ def _secret(path: Path) -> bytes:
 
 def request_id(config: Config) -> str:
     """Return the X-Request-ID that came with the request, if it is a plain one, or a new one."""
-    given = request.headers.get("X-Request-ID", "")
-    is_plain = re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) and config.scrub(given) == given
-    return given if is_plain else str(uuid.uuid4())
+    given = request.environ.get("HTTP_X_REQUEST_ID", "")
+    if not given or not re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given):
+        return str(uuid.uuid4())
+    return given if config.scrub(given) == given else str(uuid.uuid4())
 
 
 def check_origin(config: Config) -> None:
@@ -71,15 +73,16 @@ def check_origin(config: Config) -> None:
     Any page may post a form to a server on loopback, and with a name that it points
     there afterwards (DNS rebinding) read the answers.
     """
-    if request.headers.get("Sec-Fetch-Site", "").lower() == "cross-site":
+    environ = request.environ
+    if environ.get("HTTP_SEC_FETCH_SITE", "").lower() == "cross-site":
         advice = "use the server under its own address, and set PUBLIC_URL to that"
         raise Refusal(403, f"A page of another site asks for this; {advice}")
-    origin = request.headers.get("Origin")
+    origin = environ.get("HTTP_ORIGIN")
     if origin is not None and origin.lower() not in _own_origins(config):
         fact = f"The page that asks for this is of another site ({origin[:100]!a})"
         advice = "if it is this server's own, set PUBLIC_URL to its address"
         raise Refusal(403, f"{fact}; {advice}")
-    if not config.api_keys and not config.allow_anonymous and not _is_own_host(config):
+    if not config.api_keys and not config.allow_anonymous and not _is_own_host(config.public_url):
         fact = f"This server is not known as {request.host[:100]!a}"
         advice = "set PUBLIC_URL to the address that clients use"
         or_any = "or API_KEYS (or ALLOW_ANONYMOUS=1) to allow any name"
@@ -122,18 +125,20 @@ def _own_origins(config: Config) -> set[str | None]:
     return {f"{request.scheme}://{request.host}".lower(), config.public_url}
 
 
-def _is_own_host(config: Config) -> bool:
+def _is_own_host(public_url: str | None) -> bool:
     """Return whether it is the server's own name, and where proxies gave it, theirs for it too.
 
     A page of a rebound name can send X-Forwarded-Host, but no other Host.
     """
     before = request.environ.get("werkzeug.proxy_fix.orig", {}).get("HTTP_HOST")
-    return _is_own_name(request.host, config) and (not before or _is_own_name(before, config))
+    is_own = _is_own_name(request.host, public_url)
+    return is_own and (not before or _is_own_name(before, public_url))
 
 
-def _is_own_name(netloc: str, config: Config) -> bool:
+@functools.lru_cache(maxsize=256)
+def _is_own_name(netloc: str, public_url: str | None) -> bool:
     try:
         host = urlsplit(f"//{netloc}").hostname or ""
     except ValueError:
         return False
-    return is_loopback(host) or host == urlsplit(config.public_url or "").hostname
+    return is_loopback(host) or host == urlsplit(public_url or "").hostname
