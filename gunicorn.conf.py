@@ -1,6 +1,6 @@
 """How gunicorn serves the application: `gunicorn` in this folder needs nothing more."""
 
-import importlib
+import gc
 import logging
 import math
 import os
@@ -16,6 +16,7 @@ from gunicorn.config import Config
 
 import config as settings
 import logs
+from app import close
 from db import Database, DatabaseError
 
 
@@ -43,19 +44,14 @@ threads = _config.threads
 # neither the master's patience nor its heartbeat may end before the grace does.
 graceful_timeout = math.ceil(_config.shutdown_grace) + 10
 timeout = graceful_timeout + 20
-# Background calls do not survive a worker that is recycled, nor threads a fork.
+# Background calls do not survive a worker that is recycled. All code is loaded before the fork,
+# by the import of `close`, but no application is built: threads and SQLite do not survive one.
 max_requests = 0
 preload_app = False
 control_socket_disable = True
 # X-Forwarded-* is believed as TRUSTED_PROXIES says, and by nobody before that.
 forwarded_allow_ips = ""
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-# Libraries that hold nothing: loaded before the fork, the processes share their memory, and
-# start sooner. What is ours is not among them: a reload is to serve the code of then.
-for _library in ("flask", "PIL.Image", "prometheus_client", "pydantic", "requests"):
-    importlib.import_module(_library)
 
 
 class logger_class(glogging.Logger):
@@ -86,6 +82,9 @@ def when_ready(server: Arbiter) -> None:
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
     if error := settings.listening_error(_config):
         raise SystemExit(error)
+    # What is loaded is shared with the processes as long as no collection writes to it.
+    gc.collect()
+    gc.freeze()
 
 
 def on_reload(server: Arbiter) -> None:
@@ -105,6 +104,4 @@ def post_worker_init(worker: Any) -> None:
 def worker_exit(server: Arbiter, worker: Any) -> None:
     """End what the process began; the master calls this too, for one that never started."""
     if hasattr(worker, "wsgi"):
-        import app  # Not in the master: a reload would serve the code of before.
-
-        app.close(worker.wsgi)
+        close(worker.wsgi)
