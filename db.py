@@ -36,6 +36,7 @@ from records import (
 )
 
 POSITIONS = 1000
+_MAX_BATCH = 64
 KEY_SECONDS = 86400.0
 _Values = Sequence[Any] | Mapping[str, Any]
 # One script a version.
@@ -92,6 +93,15 @@ class _Connection(sqlite3.Connection):
         return int(self.rows(sql, values)[0][0])
 
 
+class _Batch:
+    """Writes of several threads that share a COMMIT."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+
 class Database:
     """Own the two connections of this process: one that writes, one that reads.
 
@@ -104,6 +114,9 @@ class Database:
     def __init__(self, path: Path):
         self.path = path
         self._writing = threading.Lock()
+        self._counting = threading.Lock()
+        self._waiting = 0
+        self._batch: _Batch | None = None
         self._reading = threading.Lock()
         self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -653,15 +666,69 @@ class Database:
 
     @contextmanager
     def _write(self) -> Iterator[_Connection]:
-        with self._alone():
-            self._writer.execute("BEGIN IMMEDIATE")
+        """Write, and return when it is on disk: alone, or together with others who came meanwhile.
+
+        Who leaves while others wait leaves the COMMIT to the last of them, so that one fsync
+        serves them all. What fails undoes itself; a COMMIT that fails is everyone's.
+        """
+        with self._counting:
+            self._waiting += 1
+        with self._writing:
+            with self._counting:
+                self._waiting -= 1
+            batch = self._join_batch()
             try:
                 yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
+                self._writer.execute("RELEASE one")
+            except sqlite3.Error as error:
+                self._undo(batch, error)
+                raise _ours(error, "written") from error
+            except BaseException as error:
+                self._undo(batch, error)
                 raise
+            finally:
+                batch.size += 1
+                if self._batch and (not self._waiting or batch.size >= _MAX_BATCH):
+                    self._commit(batch)
+        batch.done.wait()
+        if batch.error:
+            raise _ours(batch.error, "written") from batch.error
+
+    def _join_batch(self) -> "_Batch":
+        try:
+            if self._batch is None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._writer.execute("BEGIN IMMEDIATE")
+                self._batch = _Batch()
+            self._writer.execute("SAVEPOINT one")
+            return self._batch
+        except sqlite3.Error as error:
+            self._end_batch(error)
+            raise _ours(error, "written") from error
+
+    def _undo(self, batch: "_Batch", error: BaseException) -> None:
+        """Undo what this writer did; where SQLite has undone all of the batch, tell the others."""
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK TO one")
+            self._writer.execute("RELEASE one")
+        else:
+            self._end_batch(error)
+
+    def _commit(self, batch: "_Batch") -> None:
+        try:
+            self._writer.execute("COMMIT")
+            self._end_batch(None)
+        except sqlite3.Error as error:
+            self._end_batch(error)
+
+    def _end_batch(self, error: BaseException | None) -> None:
+        if self._writer.in_transaction:
+            self._writer.execute("ROLLBACK")
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+        if self._batch:
+            self._batch.error = error
+            self._batch.done.set()
+            self._batch = None
 
     @contextmanager
     def _read(self) -> Iterator[_Connection]:
@@ -862,7 +929,7 @@ def stamp(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _ours(error: sqlite3.Error, done: str) -> DatabaseError:
+def _ours(error: BaseException, done: str) -> DatabaseError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return DatabaseError(
         f"The database cannot be {done}: {error}", full=code == sqlite3.SQLITE_FULL

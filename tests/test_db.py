@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import rows
+from conftest import wait_until
 
 from db import Database, DatabaseError
 from records import (
@@ -391,7 +392,7 @@ def test_the_next_task_is_found_by_steps_in_an_index(opened):
     fill(database, 100)
     with traced(connections) as statements:
         assert database.claim(NOW)
-    (sql,) = [sql for sql in statements if "ready" in sql]
+    sql = next(sql for sql in statements if "ready (model)" in sql)
     steps = plan(database, sql)
     on_tasks = [step for step in steps if " tasks" in step or " first" in step]
     assert len(on_tasks) >= 4
@@ -613,6 +614,72 @@ def test_a_write_waits_for_the_lock_that_all_processes_share(database):
         fcntl.flock(lock, fcntl.LOCK_UN)
         writer.join(10)
     assert database.get("a")
+
+
+def add_together(database, adders):
+    """Let the adders come while another process writes, so that all wait, and have them go."""
+    with open(f"{database.path}.lock", "rb+") as lock:  # noqa: PTH123
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threads = [threading.Thread(target=adder) for adder in adders]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: database._waiting == len(threads) - 1)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        for thread in threads:
+            thread.join(10)
+
+
+def test_writes_that_wait_together_share_a_commit(opened):
+    database, connections = opened
+    with traced(connections) as statements:
+        add_together(database, [lambda n=n: add(database, f"t{n}") for n in range(10)])
+    assert statements.count("COMMIT") == 1
+    assert len(claimed(database)) == 10
+
+
+def test_a_write_that_fails_among_others_fails_alone(database):
+    add(database, "there")
+    failures = []
+
+    def add_again():
+        try:
+            add(database, "new", "there")
+        except DatabaseError as error:
+            failures.append(str(error))
+
+    others = [lambda n=n: add(database, f"t{n}") for n in range(5)]
+    add_together(database, [*others[:3], add_again, *others[3:]])
+    assert len(failures) == 1 and "UNIQUE" in failures[0]
+    assert sorted(claimed(database)) == ["t0", "t1", "t2", "t3", "t4", "there"]
+    assert database.check_counts()
+
+
+def test_a_commit_that_fails_is_everyones(opened):
+    database, connections = opened
+    rows.write(
+        database.path,
+        "CREATE TABLE other (task REFERENCES tasks (id) DEFERRABLE INITIALLY DEFERRED)",
+    )
+    rows.write(
+        database.path,
+        """CREATE TRIGGER bad AFTER INSERT ON tasks WHEN new.id = 'bad'
+           BEGIN INSERT INTO other VALUES ('nobody'); END""",
+    )
+    for connection in connections:
+        connection.execute("PRAGMA foreign_keys = ON")
+    failures = []
+
+    def add_one(name):
+        try:
+            add(database, name)
+        except DatabaseError as error:
+            failures.append(str(error))
+
+    add_together(database, [lambda n=n: add_one(n) for n in ("a", "bad", "b", "c")])
+    assert len(failures) == 4 and all("FOREIGN KEY" in failure for failure in failures)
+    assert claimed(database) == []
+    add(database, "later")
+    assert claimed(database) == ["later"]
 
 
 def test_threads_add_without_waiting_on_each_other_for_ever(database):
