@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException
 from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -184,17 +184,24 @@ class Chutes:
         self._max_bytes = config.max_image_mb * 1024 * 1024
 
     def generate(
-        self, model: str, prompt: str, params: dict[str, Any], path: Path, token: CancelToken
+        self,
+        model: str,
+        prompt: str,
+        params: dict[str, Any],
+        path: Path,
+        token: CancelToken,
+        sink: Callable[[bytes], object],
     ) -> Reply:
         """Make one image and write the bytes to path, on disk (fsync) when this returns.
 
         Takes at most TASK_TIMEOUT seconds from starting to connect to the last byte.
-        Whether the bytes are an image is not looked at. Raises ChutesError, or Canceled where
+        Whether the bytes are an image is for `sink` to look at, which is called with
+        each piece of them as it comes. Raises ChutesError, or Canceled where
         the token was canceled by someone else; the file may then hold a part.
         """
         try:
             with _disk_faults(path), path.open("wb") as file:
-                return self._call(model, self._body(model, prompt, params), file, token)
+                return self._call(model, self._body(model, prompt, params), file, token, sink)
         finally:
             self._watchdog.forget(token)
             token.close()
@@ -208,7 +215,14 @@ class Chutes:
             return {"prompt": prompt, **params}
         return {"model": model, "prompt": prompt, **params}
 
-    def _call(self, model: str, body: dict[str, Any], file: Any, token: CancelToken) -> Reply:
+    def _call(
+        self,
+        model: str,
+        body: dict[str, Any],
+        file: BinaryIO,
+        token: CancelToken,
+        sink: Callable[[bytes], object],
+    ) -> Reply:
         reply, framed = Reply(), False
         deadline = time.monotonic() + self._config.task_timeout
         self._watchdog.cancel_after(token, self._config.task_timeout, "deadline")
@@ -221,7 +235,7 @@ class Chutes:
                     self._watchdog.cancel_after(token, left, "error body")
                     raise self._refusal(response, model, reply)
                 framed = response.raw.chunked or response.raw.length_remaining is not None
-                self._stream(response, file, reply)
+                self._stream(response, file, reply, sink)
         except _NETWORK_FAULTS as error:
             raise self._fault(error, model, token, reply) from error
         # A body without a length that was cut looks like one that ended.
@@ -259,13 +273,20 @@ class Chutes:
             timeout=(min(_CONNECT_SECONDS, timeout), timeout + _LATE_SECONDS),
         )
 
-    def _stream(self, response: requests.Response, file: Any, reply: Reply) -> None:
+    def _stream(
+        self,
+        response: requests.Response,
+        file: BinaryIO,
+        reply: Reply,
+        sink: Callable[[bytes], object],
+    ) -> None:
         if _length(response) > self._max_bytes:
             raise self._too_large(reply)
         for chunk in response.iter_content(_CHUNK):
             if file.tell() + len(chunk) > self._max_bytes:
                 raise self._too_large(reply)
             file.write(chunk)
+            sink(chunk)
         file.flush()
         os.fsync(file.fileno())
 

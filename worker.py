@@ -356,8 +356,11 @@ class Worker:
         reply = Reply()
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
-            reply = self._chutes.generate(task.model, task.prompt, task.params, part, token)
-            image = self._decoder.inspect(part)
+            verifier = self._decoder.verifier()
+            reply = self._chutes.generate(
+                task.model, task.prompt, task.params, part, token, verifier.feed
+            )
+            image = verifier.finish(part)
             path = outputs.publish(part, self._config.output_dir / task.id, image.extension)
         except Canceled as reason:
             return CANCELED if str(reason) == "canceled" else replace(SHUTDOWN, outcome=str(reason))

@@ -29,14 +29,19 @@ PARAMS = {"width": 512}
 def call(configure, tmp_path, clock):
     """Return a function that makes one call and returns the file, or raises what it raises."""
 
-    def make(url=URL, token=None, model="m", seconds=600, **values):
+    def make(url=URL, token=None, model="m", seconds=600, sink=ignore, **values):
         config = configure(CHUTES_API_URL=url, **values)
         config = config.model_copy(update={"task_timeout": seconds})
         client = Chutes(config, clock)
-        client.generate(model, "a fox", PARAMS, tmp_path / "part", token or CancelToken())
-        return (tmp_path / "part").read_bytes()
+        part = tmp_path / "part"
+        client.generate(model, "a fox", PARAMS, part, token or CancelToken(), sink)
+        return part.read_bytes()
 
     return make
+
+
+def ignore(data):
+    pass
 
 
 def refused(call, *args, **values):
@@ -72,6 +77,22 @@ def test_the_bytes_on_disk_are_those_that_were_sent(call, upstream, kind):
     assert hashlib.sha256(call(upstream.url)).digest() == hashlib.sha256(data).digest()
 
 
+def test_the_bytes_are_handed_on_while_they_come(call):
+    data, passed, some = os.urandom(200_000), bytearray(), threading.Event()
+
+    def sink(piece):
+        passed.extend(piece)
+        some.set()
+
+    def answer(connection):
+        connection.sendall(HEAD + b"Content-Length: 200000\r\n\r\n" + data[:100_000])
+        if some.wait(20):
+            connection.sendall(data[100_000:])
+
+    with raw_server(answer) as url:
+        assert call(url, sink=sink) == passed == data
+
+
 def test_every_call_has_a_connection_of_its_own(call):
     ports = []
 
@@ -99,7 +120,7 @@ def test_netrc_and_proxies_of_the_environment_are_ignored(call, upstream, monkey
 def test_the_invocation_is_kept(configure, upstream, tmp_path):
     upstream.decide = lambda fields: Answer(headers={"X-Chutes-InvocationID": "inv-7"})
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
-    reply = client.generate("m", "p", {}, tmp_path / "part", CancelToken())
+    reply = client.generate("m", "p", {}, tmp_path / "part", CancelToken(), ignore)
     assert (reply.status, reply.invocation_id) == (200, "inv-7")
 
 
@@ -562,7 +583,7 @@ def test_no_room_is_told_with_what_was_needed(configure, upstream, tmp_path, mon
     monkeypatch.setattr("os.fsync", lambda file: _raise(OSError(28, "No space left on device")))
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "part", CancelToken())
+        client.generate("m", "p", {}, tmp_path / "part", CancelToken(), ignore)
     assert (caught.value.remedy, caught.value.code) == (Remedy.HOLD_ALL, "no_room")
     assert caught.value.room >= 400_000
 
@@ -570,7 +591,7 @@ def test_no_room_is_told_with_what_was_needed(configure, upstream, tmp_path, mon
 def test_a_folder_that_cannot_be_written_costs_no_call(configure, upstream, tmp_path):
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "none" / "part", CancelToken())
+        client.generate("m", "p", {}, tmp_path / "none" / "part", CancelToken(), ignore)
     assert (caught.value.remedy, caught.value.code) == (Remedy.FAIL, "storage")
     assert str(tmp_path / "none") in str(caught.value)
     assert upstream.calls == []

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from conftest import Clock, wait_until
@@ -69,6 +70,18 @@ def test_the_rate_limit_holds_over_a_restart(make, upstream):
 
 
 # How an attempt ends
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_what_is_told_of_an_image_holds_for_its_file(make, upstream, kind):
+    upstream.decide = lambda fields: Answer(body=image_bytes(kind, (300, 200)) + b"behind the end")
+    q = make().start()
+    task = q.until(q.add(), status="completed")
+    facts = (task.content_type, task.bytes, task.width, task.height, task.sha256)
+    image = images.inspect(Path(task.file_path))
+    expected = (image.content_type, image.bytes, image.width, image.height, image.sha256)
+    assert facts == expected
+    assert (task.bytes, task.width) == (len(image_bytes(kind, (300, 200))) + 14, 300)
 
 
 def test_a_spoiled_image_is_tried_again_and_then_failed(make, upstream, tmp_path):

@@ -38,7 +38,7 @@ def test_other_routes_keep_their_form(client):
 
 
 def test_a_defect_of_the_server_is_its_own(client, monkeypatch):
-    monkeypatch.setattr(Decoder, "inspect", lambda *values: 1 / 0)
+    monkeypatch.setattr(Decoder, "verifier", lambda *values: 1 / 0)
     answer = client.post("/v1/images/generations", json={"prompt": "p"})
     assert (answer.status_code, answer.json["error"]["code"]) == (500, "internal")
 
