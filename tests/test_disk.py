@@ -60,6 +60,7 @@ def fill_under_way(server, upstream, disk, tasks, leave):
     return ids, fill(disk, leave)
 
 
+@pytest.mark.processes
 def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
     server = start(MIN_FREE_MB=4, CONCURRENCY=1)
     ids, ballast = fill_under_way(server, upstream, disk, 3, 2 * 1024 * 1024)
@@ -80,6 +81,7 @@ def test_a_full_disk_loses_nothing_and_mends_itself(start, disk, upstream):
     server.check_files(tasks)
 
 
+@pytest.mark.processes
 def test_no_room_while_an_image_is_written(start, disk, upstream):
     data = image_bytes("PNG", (64, 64)) + os.urandom(6 * 1024 * 1024)
     upstream.decide = lambda fields: Answer(body=data)

@@ -27,6 +27,8 @@ from upstream import Answer, closed_port, image_bytes
 from db import Database
 from records import NewTask
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def start(tmp_path, upstream):

@@ -107,7 +107,7 @@ def is_gone(connection):
 @contextmanager
 def serving(server):
     """Serve in a thread until the block ends."""
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread = threading.Thread(target=server.serve_forever, args=(0.002,))
     thread.start()
     try:
         yield server

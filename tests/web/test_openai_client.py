@@ -17,6 +17,7 @@ from PIL import Image
 from server import Server, memory
 from upstream import Answer, Upstream, closed_port, image_bytes, refusal, serving
 
+pytestmark = pytest.mark.processes
 KEY = KEYS.split(",")[0]
 COLOURS = ("red", "green", "blue")
 

@@ -60,7 +60,7 @@ PROMISED = {
 
 @pytest.fixture
 def app(serve):
-    return serve(MAX_ATTEMPTS=1, OPENAI_WAIT=1)
+    return serve(MAX_ATTEMPTS=1, OPENAI_WAIT=60)
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ import images
 from records import Ending, NewTask
 
 CHROMIUM = shutil.which("chromium")
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium"
-)
+pytestmark = [
+    pytest.mark.page,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="the page is tested in Chromium: apt install chromium"
+    ),
+]
 KEY = KEYS.split(",")[0]
 
 
@@ -174,7 +177,6 @@ expect.set_options(timeout=15_000)
 # From a prompt to a picture
 
 
-@needs_chromium
 def test_a_prompt_becomes_a_picture(site, visit, upstream):
     upstream.gate.clear()
     there = site(CONCURRENCY=1)
@@ -208,7 +210,6 @@ def test_a_prompt_becomes_a_picture(site, visit, upstream):
     assert (second["model"], second["width"]) == ("qwen-image", 1280)
 
 
-@needs_chromium
 def test_the_time_that_a_task_runs_counts_up(site, visit, upstream):
     upstream.gate.clear()
     there = site()
@@ -224,7 +225,6 @@ def test_the_time_that_a_task_runs_counts_up(site, visit, upstream):
     wait_until(lambda: page.wait_for_timeout(50) or seconds() > before)
 
 
-@needs_chromium
 def test_a_fault_in_the_form_is_told_at_its_field(site, visit):
     page = visit(site(), refusals=[400])
     press(page, "Make the picture")
@@ -252,7 +252,6 @@ def test_a_fault_in_the_form_is_told_at_its_field(site, visit):
     expect(page.locator("[aria-invalid]")).to_have_count(0)
 
 
-@needs_chromium
 def test_all_settings_are_sent(site, visit, upstream):
     page = visit(site())
     page.locator("summary").click()
@@ -270,7 +269,6 @@ def test_all_settings_are_sent(site, visit, upstream):
     }
 
 
-@needs_chromium
 def test_a_lost_answer_makes_no_second_picture(site, visit, upstream):
     there = site()
 
@@ -297,7 +295,6 @@ def test_a_lost_answer_makes_no_second_picture(site, visit, upstream):
 # Tasks that fail or are ended
 
 
-@needs_chromium
 def test_a_failure_is_shown_with_its_reason_and_can_be_retried(site, visit, upstream):
     upstream.decide = lambda fields: refusal(400, "no such style")
     there = site()
@@ -316,7 +313,6 @@ def test_a_failure_is_shown_with_its_reason_and_can_be_retried(site, visit, upst
     expect(page.locator("#retry-all")).to_be_hidden()
 
 
-@needs_chromium
 def test_all_that_failed_can_be_retried_at_once(site, visit, upstream):
     upstream.decide = lambda fields: refusal(400, "no")
     there = site()
@@ -332,7 +328,6 @@ def test_all_that_failed_can_be_retried_at_once(site, visit, upstream):
     expect(page.locator("#retry-all")).to_be_hidden()
 
 
-@needs_chromium
 def test_a_running_task_is_canceled(site, visit, upstream):
     upstream.gate.clear()
     there = site()
@@ -346,7 +341,6 @@ def test_a_running_task_is_canceled(site, visit, upstream):
     expect(page.locator("#make-title")).to_be_focused()
 
 
-@needs_chromium
 def test_a_waiting_task_is_canceled_and_focus_stays_near(site, visit, upstream):
     upstream.gate.clear()
     there = site(CONCURRENCY=1)
@@ -362,7 +356,6 @@ def test_a_waiting_task_is_canceled_and_focus_stays_near(site, visit, upstream):
     assert upstream.cut == []
 
 
-@needs_chromium
 def test_an_action_that_is_refused_is_told_beside_it(site, visit, upstream):
     upstream.gate.clear()
     there = site()
@@ -374,7 +367,6 @@ def test_an_action_that_is_refused_is_told_beside_it(site, visit, upstream):
     expect(page.locator("#unfinished-error")).to_have_text("A defect of this server")
 
 
-@needs_chromium
 def test_a_failed_task_is_deleted_by_the_second_press_only(site, visit, upstream):
     upstream.decide = lambda fields: refusal(400, "no")
     there = site()
@@ -397,7 +389,6 @@ def test_a_failed_task_is_deleted_by_the_second_press_only(site, visit, upstream
 # A picture, large
 
 
-@needs_chromium
 def test_a_picture_is_large_with_its_settings_and_calls(site, visit, upstream):
     answers = iter([refusal(500, "no"), Answer(body=image_bytes("JPEG", (300, 200)))])
     upstream.decide = lambda fields: next(answers)
@@ -424,7 +415,6 @@ def test_a_picture_is_large_with_its_settings_and_calls(site, visit, upstream):
     expect(page).to_have_url(f"{there.address}/")
 
 
-@needs_chromium
 def test_a_picture_is_opened_by_its_address(site, visit):
     there = site()
     task_id = make_one(there)
@@ -437,7 +427,6 @@ def test_a_picture_is_opened_by_its_address(site, visit):
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-@needs_chromium
 def test_settings_are_copied_back_into_the_form(site, visit, upstream):
     there = site()
     fields = {"negative_prompt": "a dog", "seed": 0, "guidance_scale": 3.5, "priority": -5}
@@ -457,7 +446,6 @@ def test_settings_are_copied_back_into_the_form(site, visit, upstream):
     assert there.client.get("/tasks").json["tasks"][0]["priority"] == -5
 
 
-@needs_chromium
 def test_a_picture_is_made_again_and_deleted(site, visit, tmp_path):
     there = site()
     task_id = make_one(there)
@@ -473,7 +461,6 @@ def test_a_picture_is_made_again_and_deleted(site, visit, tmp_path):
     assert not list((tmp_path / "outputs").glob(f"{task_id}.*"))
 
 
-@needs_chromium
 def test_a_picture_whose_file_is_gone_is_said_to_be(site, visit, tmp_path):
     there = site()
     make_one(there)
@@ -486,7 +473,6 @@ def test_a_picture_whose_file_is_gone_is_said_to_be(site, visit, tmp_path):
     expect(page.locator("#download")).to_be_hidden()
 
 
-@needs_chromium
 def test_all_is_done_with_the_keyboard(site, visit):
     there = site()
     for n in range(3):
@@ -519,7 +505,6 @@ def test_all_is_done_with_the_keyboard(site, visit):
 # Hostile text, and many pictures
 
 
-@needs_chromium
 def test_a_prompt_is_text_and_never_html(site, visit, upstream):
     prompt = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>&amp;"
     upstream.decide = lambda fields: refusal(400, prompt) if fields.get("seed") == 1 else Answer()
@@ -540,7 +525,6 @@ def test_a_prompt_is_text_and_never_html(site, visit, upstream):
     assert page.evaluate("window.hacked") is None
 
 
-@needs_chromium
 def test_a_double_click_does_nothing_twice(site, visit, upstream):
     upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer()
     there = site()
@@ -570,7 +554,6 @@ def test_a_double_click_does_nothing_twice(site, visit, upstream):
     assert count() == 5
 
 
-@needs_chromium
 def test_a_broken_answer_keeps_the_key_of_its_request(site, visit, upstream):
     there = site()
 
@@ -588,7 +571,6 @@ def test_a_broken_answer_keeps_the_key_of_its_request(site, visit, upstream):
     assert len(upstream.calls) == 1
 
 
-@needs_chromium
 def test_a_picture_that_was_deleted_elsewhere_can_be_deleted(site, visit):
     there = site()
     task_id = make_one(there)
@@ -602,7 +584,6 @@ def test_a_picture_that_was_deleted_elsewhere_can_be_deleted(site, visit):
     expect(page.locator(pictures)).to_have_count(0)
 
 
-@needs_chromium
 def test_the_queue_stays_in_sight_and_hides_nothing_that_has_focus(site, visit, tmp_path):
     there = site()
     add_pictures(there, tmp_path / "outputs", 40)
@@ -620,7 +601,6 @@ def test_the_queue_stays_in_sight_and_hides_nothing_that_has_focus(site, visit, 
         assert focused >= bottom
 
 
-@needs_chromium
 def test_two_hundred_pictures_are_scrolled_through(site, visit, tmp_path):
     there = site()
     add_pictures(there, tmp_path / "outputs", 205)
@@ -643,7 +623,6 @@ def test_two_hundred_pictures_are_scrolled_through(site, visit, tmp_path):
     expect(page.locator("#end")).to_be_empty()
 
 
-@needs_chromium
 def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, upstream, tmp_path):
     upstream.gate.clear()
     there = site(CONCURRENCY=1)
@@ -664,7 +643,6 @@ def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, up
 # The queue
 
 
-@needs_chromium
 def test_the_queue_is_paused_and_resumed(site, visit, upstream):
     there = site()
     page = visit(there)
@@ -678,7 +656,6 @@ def test_the_queue_is_paused_and_resumed(site, visit, upstream):
     expect(page.locator("#notices")).to_be_empty()
 
 
-@needs_chromium
 def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, upstream):
     upstream.decide = lambda fields: (
         refusal(429, "later") if fields.get("seed") else refusal(401, "no")
@@ -696,7 +673,6 @@ def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, 
     expect(page.locator("#live")).to_contain_text("Paused: Chutes refused the API token (401)")
 
 
-@needs_chromium
 def test_what_is_left_of_the_quota_is_told(site, visit, upstream):
     quota = {"Total": "300", "Used": "12", "Remaining": "288"}
     headers = {f"X-Chutes-Quota-{name}": value for name, value in quota.items()}
@@ -708,7 +684,6 @@ def test_what_is_left_of_the_quota_is_told(site, visit, upstream):
     expect(page.locator("#facts")).to_contain_text("1 call today")
 
 
-@needs_chromium
 def test_a_server_that_is_away_is_told_and_found_again(site, visit):
     there = site()
     page = visit(there)
@@ -725,7 +700,6 @@ def test_a_server_that_is_away_is_told_and_found_again(site, visit):
     page.faults.clear()
 
 
-@needs_chromium
 def test_pictures_that_could_not_be_shown_are_shown_when_the_server_is_back(site, visit):
     there = site()
     make_one(there)
@@ -746,7 +720,6 @@ def test_pictures_that_could_not_be_shown_are_shown_when_the_server_is_back(site
     page.faults.clear()
 
 
-@needs_chromium
 def test_a_tab_that_nobody_sees_asks_rarely(site, visit):
     there = site()
 
@@ -770,7 +743,6 @@ def test_a_tab_that_nobody_sees_asks_rarely(site, visit):
     expect(page.locator(pictures)).to_have_count(1)
 
 
-@needs_chromium
 def test_the_page_waits_for_a_task_instead_of_asking_again_and_again(site, visit, upstream):
     upstream.gate.clear()
     there = site()
@@ -787,7 +759,6 @@ def test_the_page_waits_for_a_task_instead_of_asking_again_and_again(site, visit
 # The key
 
 
-@needs_chromium
 def test_the_key_is_asked_for_once_and_kept_for_the_tab(site, visit, browser, upstream):
     there = site(API_KEYS=KEYS)
     there.client.environ_base["HTTP_X_API_KEY"] = KEY
@@ -867,7 +838,6 @@ def check_axe(page):
     assert results.response["violations"] == [], results.generate_report()
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
 def test_axe_finds_nothing(site, visit, upstream, scheme, width):
@@ -888,7 +858,6 @@ def test_axe_finds_nothing(site, visit, upstream, scheme, width):
         check_axe(page)
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_where_there_is_nothing_and_where_a_key_is_wanted(site, visit, scheme):
     page = visit(site(), color_scheme=scheme)
@@ -899,7 +868,6 @@ def test_axe_finds_nothing_where_there_is_nothing_and_where_a_key_is_wanted(site
     check_axe(page)
 
 
-@needs_chromium
 def test_nothing_moves_where_that_is_not_wanted(site, visit, upstream):
     upstream.gate.clear()
     there = site()
@@ -912,7 +880,6 @@ def test_nothing_moves_where_that_is_not_wanted(site, visit, upstream):
         assert style == animation
 
 
-@needs_chromium
 @pytest.mark.parametrize("width", [320, 390, 1400])
 def test_no_width_makes_the_page_scroll_sideways(site, visit, upstream, width):
     with all_states(site, upstream) as there:
@@ -936,7 +903,6 @@ def execute(page, operation):
     return block.locator(".live-responses-table .response .response-col_status")
 
 
-@needs_chromium
 def test_the_documents_page_shows_every_operation(site, visit):
     there = site()
     page = visit(there, path="/docs")
@@ -945,7 +911,6 @@ def test_the_documents_page_shows_every_operation(site, visit):
     expect(page).to_have_title("Image proxy: the API")
 
 
-@needs_chromium
 @pytest.mark.parametrize("values", [{}, {"PUBLIC_URL": "https://pictures.example"}])
 def test_an_operation_is_tried_out_on_the_server_of_the_page(site, visit, values):
     page = visit(site(**values), path="/docs")
@@ -953,7 +918,6 @@ def test_an_operation_is_tried_out_on_the_server_of_the_page(site, visit, values
     expect(page.locator("#operations-health-healthz")).to_contain_text('"status": "ok"')
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["bearer", "key"])
 def test_a_key_that_is_told_to_the_documents_page_is_sent(site, visit, scheme):
     page = visit(site(API_KEYS=KEYS), path="/docs", refusals=[401])
