@@ -161,6 +161,8 @@ class Worker:
             self._bell.listen(self._bell_path)
             with ThreadPoolExecutor(self._config.concurrency, "call") as pool:
                 self._write_until_accepted(self._recover, self._should_drain)
+                self._tick(pool)  # No call waits for the counts, which take long where many are.
+                self._write_until_accepted(self._check_counts, self._should_drain)
                 while not self._should_drain():
                     self._bell.wait(self._tick(pool))
                 self._finish_running()
@@ -453,12 +455,14 @@ class Worker:
         now = self._clock()
         self._db.clamp_future_times(now, MAX_BACKOFF)
         self._db.reset_run_state(self._config.max_attempts, now)
-        if not self._db.check_counts():
-            log.error("the counts of tasks were wrong; they are counted anew")
         for task_id in self._db.pending_deletions():
             self._finish_deletion(task_id)
         for task in self._db.orphans():
             self._finish(task, self._orphan_ending(task))
+
+    def _check_counts(self) -> None:
+        if not self._db.check_counts():
+            log.error("the counts of tasks were wrong; they are counted anew")
 
     def _orphan_ending(self, task: Task) -> Ending:
         """Return how the call ended that was under way when its process died."""

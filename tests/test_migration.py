@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import wait_until
 
 import db
 from db import Database, DatabaseError
@@ -161,7 +162,7 @@ def test_counts_that_are_wrong_are_mended_and_told(make, caplog):
     connection.close()
     assert q.db.queue(NOW).pending == 7
     q.start().until(task_id, status="completed")
-    assert "the counts of tasks were wrong" in caplog.text
+    wait_until(lambda: "the counts of tasks were wrong" in caplog.text)
     assert q.db.queue(NOW).pending == 0
     assert q.db.check_counts()
 
