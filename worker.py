@@ -46,6 +46,8 @@ RATE_MARGIN = 0.25
 RETRY_SECONDS = 1.0
 _CANCEL_SECONDS = 5.0
 _CHORES_SECONDS = 1.0
+# Between two steps of a long chore others write.
+_STEP_SECONDS = 0.02
 _DRAIN_POLL_SECONDS = 0.05
 _DISK_POLL_SECONDS = 1.0
 _PURGE_SECONDS = 60.0
@@ -91,6 +93,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._last_chores = 0.0
+        self._has_more_chores = False
         self._disk_is_full = False
         self._last_tick = 0.0
         self._last_purge = 0.0
@@ -203,7 +206,7 @@ class Worker:
                 pass
             self._cancel_requested()
             self.waiters.poll()
-            return 0 if has_more else self._seconds_until_due()
+            return min(self._seconds_until_due(), _STEP_SECONDS if has_more else MAX_SLEEP)
         except DatabaseError as error:
             log.error("the queue waits for its database: %s", error)
         except Exception:
@@ -220,12 +223,13 @@ class Worker:
     def _do_chores(self) -> bool:
         """Do once a second, in steps, what no task waits for; return whether there is more."""
         now = self._clock()
-        if abs(now - self._last_chores) < _CHORES_SECONDS:
-            return False
-        self._disk_is_full = self._look_at_disk(now)
-        has_more = self._expire(now) or self._purge(now)
-        self._last_chores = self._last_chores if has_more else now
-        return has_more
+        if abs(now - self._last_chores) >= _CHORES_SECONDS:
+            self._last_chores = now
+            self._disk_is_full = self._look_at_disk(now)
+            self._has_more_chores = True
+        if self._has_more_chores:
+            self._has_more_chores = self._expire(now) or self._purge(now)
+        return self._has_more_chores
 
     def _has_room(self) -> bool:
         return len(self._running) < self._config.concurrency
@@ -319,7 +323,7 @@ class Worker:
         return bool(expired)
 
     def _cancel_requested(self) -> None:
-        """Cut the calls that a client, in whichever process, has canceled."""
+        """Cancel the calls of tasks that a client, in whichever process, has canceled."""
         for task_id in self._db.canceling() if self._running else ():
             if running := self._running.get(task_id):
                 running[1].cancel("canceled")
@@ -529,7 +533,7 @@ class _QueueLock:
         os.close(self._file)
 
     def acquire(self) -> bool:
-        """Take the lock if it is free, and tell whether this process has it."""
+        """Take the lock if it is free, and return whether this process has it."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

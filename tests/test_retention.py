@@ -7,6 +7,8 @@ import pytest
 import rows
 from conftest import Clock, wait_until
 
+from doorbell import Doorbell
+
 
 @pytest.fixture
 def clock():
@@ -123,6 +125,21 @@ def test_a_large_clearing_does_not_stop_the_queue(make, clock):
     q.start()
     q.until(task_id, status="completed")
     assert sum(q.db.stats().tasks.values()) > 1000, "the new task did not wait for the old ones"
+
+
+def test_a_large_clearing_lets_others_write_and_looks_at_the_disk_once(make, clock, monkeypatch):
+    looks, pauses, wait = [], [], Doorbell.wait
+    monkeypatch.setattr("outputs.is_low_on_disk", lambda config: looks.append(config))
+    monkeypatch.setattr(
+        Doorbell, "wait", lambda bell, seconds: pauses.append(seconds) or wait(bell, seconds)
+    )
+    q = make(clock, RETENTION_DAYS=1)
+    old = {"status": "failed", "finished_at": "2026-01-01 00:00:00"}
+    rows.insert(q.db.path, "tasks", (rows.task(f"t{n}", **old) for n in range(100)))
+    q.start()
+    wait_until(lambda: sum(q.db.stats().tasks.values()) == 0)
+    assert len(pauses) > 10 and min(pauses) > 0, "there are twenty steps"
+    assert len(looks) == 1, "the clock stands"
 
 
 def test_files_that_a_dead_process_left_behind_are_removed(make):
