@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from flask import g, request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from records import ERROR_CODES, STATUSES, ErrorCode, IdempotencyKey, Status, Task
 from web.errors import Refusal
@@ -75,7 +75,7 @@ def json_body() -> bytes:
         raise Refusal(415, f"The body is declared as {declared[:100]}; {advice}")
     try:
         body = request.get_data()
-    except HTTPException:
+    except RequestEntityTooLarge:
         raise
     except Exception as error:  # Whatever the server in front raises for a broken body.
         raise Refusal(400, "The body could not be read to its end") from error

@@ -104,6 +104,20 @@ def test_a_body_over_one_mebibyte_is_refused(client, chunked):
     assert post(MAX_BODY).status_code == 202
 
 
+def test_a_body_that_does_not_come_is_refused(client):
+    class Stalled(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise TimeoutError
+
+    environ = {"wsgi.input": Stalled(), "CONTENT_LENGTH": "15"}
+    answer = client.post("/generate", environ_overrides=environ)
+    assert answer.status_code == 400
+    assert answer.json == {"error": "The body could not be read to its end"}
+
+
 # The query
 
 
