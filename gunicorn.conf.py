@@ -4,7 +4,6 @@ import gc
 import logging
 import math
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -38,8 +37,11 @@ _host = f"[{_config.host}]" if ":" in _config.host else _config.host
 wsgi_app = "app:app"
 bind = [f"{_host}:{_config.port}"]
 workers = _config.workers
-worker_class = "gthread"
+worker_class = "gthread.Worker"
 threads = _config.threads
+# Of the usual 1,024 open files some must be left for calls, images and the database.
+worker_connections = 800
+limit_request_line = 8190
 # The worker process drains the queue in worker_exit, where it gives no sign of life:
 # neither the master's patience nor its heartbeat may end before the grace does.
 graceful_timeout = math.ceil(_config.shutdown_grace) + 10
@@ -63,12 +65,6 @@ class logger_class(glogging.Logger):
             handler.setFormatter(logs.formatter(_config.log_format, _config.scrub))
         logging.root.handlers = list(self.error_log.handlers)
         logging.root.setLevel(self.error_log.level)
-
-    def warning(self, msg: object, *args: Any, **kwargs: Any) -> None:
-        """Log a warning without what a client sent for a request: it may be a prompt."""
-        if str(msg).startswith("Invalid request"):
-            msg = re.split("['\"]", str(msg), maxsplit=1)[0]
-        super().warning(msg, *args, **kwargs)
 
     def exception(self, msg: object, *args: Any, **kwargs: Any) -> None:
         """Log a traceback, but not where a client is at fault."""

@@ -22,7 +22,7 @@ import rows
 from conftest import PROMPT, TOKEN, wait_until
 from PIL import Image
 from server import Server, alive, checkout, memory
-from upstream import Answer, closed_port, image_bytes
+from upstream import Answer, closed_port
 
 from db import Database
 from records import NewTask
@@ -601,33 +601,6 @@ def test_gunicorns_own_lines_tell_no_secret_and_no_prompt(start):
     assert said.count("Invalid request") == 2
     assert "of-the-review" not in said
     assert PROMPT.replace(" ", "_") not in said
-
-
-def test_clients_that_stall_are_given_up(tmp_path, upstream):
-    upstream.decide = lambda fields: Answer(body=image_bytes() + bytes(20_000_000))
-    hasty = (
-        "import app, sys; app._STALL_SECONDS = 0.5; sys.argv = ['gunicorn'];"
-        "from gunicorn.app.wsgiapp import run; run()"
-    )
-    server = Server(tmp_path / "server", upstream.url, ("-c", hasty), THREADS=2, WORKERS=1)
-    clients = []
-    try:
-        (task,) = all_completed(server.ready(), [server.submit()])
-        for request in (
-            f"GET /images/{task['id']} HTTP/1.1\r\nHost: localhost\r\n\r\n",
-            "POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
-        ):
-            for _ in range(2):
-                clients.append(socket.create_connection(("127.0.0.1", server.port)))
-                clients[-1].sendall(request.encode())
-            wait_until(lambda: server.request("GET", "/healthz")[0] == 200)
-        assert b"400 BAD REQUEST" in clients[-1].recv(100)
-        assert server.log().count("client timed out") == 2
-        assert "Traceback" not in server.log()
-    finally:
-        for client in clients:
-            client.close()
-        server.close()
 
 
 def test_a_reload_without_keys_ends_a_server_that_listens_beyond_loopback(

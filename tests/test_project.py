@@ -21,7 +21,7 @@ DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 # From the gunicorn hooks down: each module may import what stands in a line below its own.
 LAYERS = [
     {"gunicorn.conf"},
-    {"app"},
+    {"app", "gthread"},
     {"web.tasks", "web.images", "web.openai", "web.health", "web.page"},
     {"web.openapi", "web.params"},
     {"web.service"},
@@ -49,6 +49,7 @@ ONLY = {
     "prometheus_client": {"web.health"},
     "pydantic": {"config", "web.answers", "web.openapi", "web.params", "web.schemas"},
     "dotenv": {"config"},
+    "gunicorn": {"gthread", "gunicorn.conf"},
 }
 
 
