@@ -55,6 +55,8 @@ control_socket_disable = True
 forwarded_allow_ips = ""
 worker_tmp_dir = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
+_STOPS = {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}
+
 
 class logger_class(glogging.Logger):
     """Send gunicorn's lines and ours through one format, to wherever gunicorn's go."""
@@ -90,8 +92,21 @@ def on_reload(server: Arbiter) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def on_starting(server: Arbiter) -> None:
+    """Let the master hear the signals to stop again, as soon as it has forked."""
+    os.register_at_fork(
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS),
+    )
+
+
+def pre_fork(server: Arbiter, worker: Any) -> None:
+    """Keep a stop until the new process can hear it: the handler it inherits would lose it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+
+
 def post_worker_init(worker: Any) -> None:
     """Let this process stand by for the queue, for as long as it serves its own master."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
     worker.wsgi.extensions["service"].worker.start(
         lambda: worker.alive and os.getppid() == worker.ppid,
     )

@@ -280,6 +280,28 @@ def test_clients_that_close_half_way_leave_nothing_behind(start):
 # A stop
 
 
+STOPPED_EARLY = """
+import os, signal
+
+def init_process(worker, init=g.Worker.init_process):
+    try:
+        os.close(os.open("stopped", os.O_CREAT | os.O_EXCL))
+        os.kill(os.getpid(), signal.SIGTERM)
+    except FileExistsError:
+        pass
+    init(worker)
+
+g.Worker.init_process = init_process
+"""
+
+
+def test_a_process_hears_a_stop_that_comes_before_its_own_handlers(start):
+    server = start(STOPPED_EARLY, WORKERS=1)
+    wait_until(lambda: server.log().count("Booting worker") == 2)
+    assert server.log().count("Worker exiting") == 1
+    assert server.request("GET", "/healthz")[0] == 200
+
+
 def test_a_stop_cuts_what_is_half_sent(start):
     server = start()
     with (
