@@ -25,7 +25,7 @@ from web.service import Service, service
 from worker import Worker
 
 # A client that takes or sends nothing for so long has no thread any more.
-_STALL_SECONDS = 60.0
+STALL_SECONDS = 60.0
 # With this exit code of a worker gunicorn stops, instead of starting it again for ever.
 _GUNICORN_GIVES_UP = 4
 
@@ -121,7 +121,7 @@ def _begin() -> None:
     g.began = time.monotonic()
     g.request_id = access.request_id(config)
     if connection := request.environ.get("gunicorn.socket"):
-        connection.settimeout(_STALL_SECONDS)
+        connection.settimeout(STALL_SECONDS)
     # Who has a signed address was given it for this image, and may show it anywhere.
     if request.path == "/healthz" or access.is_signed(service.signer):
         return

@@ -30,7 +30,7 @@ MAX_RETRY_AFTER = 3600.0
 # A quota is a day's or a month's; a later reset is an error of the answer.
 MAX_QUOTA_WAIT = 32 * 86400.0
 _CONNECT_SECONDS = 10.0
-_ERROR_BODY_SECONDS = 10.0
+ERROR_BODY_SECONDS = 10.0
 _LATE_SECONDS = 5.0
 _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
@@ -231,7 +231,7 @@ class Chutes:
                 reply = self._reply(response)
                 if not 200 <= response.status_code < 300:
                     left = max(0, deadline - time.monotonic())
-                    left = min(left, _ERROR_BODY_SECONDS)
+                    left = min(left, ERROR_BODY_SECONDS)
                     self._watchdog.cancel_after(token, left, "error body")
                     raise self._refusal(response, model, reply)
                 framed = response.raw.chunked or response.raw.length_remaining is not None

@@ -27,15 +27,15 @@ from gunicorn.workers.gthread import ThreadWorker
 
 # What a client may take, in seconds: for all its headers, for the next bytes of a body, for each
 # MiB of a body, to close after its last answer, and to send the rest at a stop.
-_HEADERS_SECONDS = 10.0
-_STALL_SECONDS = 10.0
-_SECONDS_PER_MIB = 60.0
-_CLOSE_SECONDS = 2.0
-_STOP_SECONDS = 1.0
+HEADERS_SECONDS = 10.0
+STALL_SECONDS = 10.0
+SECONDS_PER_MIB = 60.0
+CLOSE_SECONDS = 2.0
+STOP_SECONDS = 1.0
 # How long a thread waits for the next request of a client that it has just answered.
-_NEXT_SECONDS = 0.002
+NEXT_SECONDS = 0.002
 # How many bytes of a request the poller reads; a thread reads what is longer.
-_READ_AHEAD = 64 * 1024
+READ_AHEAD = 64 * 1024
 
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*0*([0-9]*)", re.IGNORECASE)
 _STREAMED = re.compile(rb"\r\n(?:transfer-encoding|expect):", re.IGNORECASE)
@@ -64,7 +64,7 @@ _REFUSALS = {
 }
 
 
-class _Progress(Enum):
+class Progress(Enum):
     """How much of a request has come."""
 
     PART = auto()  # Nothing, or some of its headers.
@@ -75,13 +75,13 @@ class _Progress(Enum):
     CLOSING = auto()  # The client has its last answer.
 
 
-class _Reader(SocketUnreader):
+class Reader(SocketUnreader):
     """What a client sends: the poller reads ahead, and a thread the rest of a long request."""
 
     def __init__(self, sock: socket.socket, worker: "Worker"):
         super().__init__(sock)
         self._worker = worker
-        self.progress = _Progress.PART
+        self.progress = Progress.PART
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -93,40 +93,40 @@ class _Reader(SocketUnreader):
         """Take what has come, without waiting; return whether the client is still there."""
         self.sock.setblocking(False)
         try:
-            data = self.sock.recv(_READ_AHEAD)
+            data = self.sock.recv(READ_AHEAD)
         except OSError as error:
             is_there, data = isinstance(error, BlockingIOError), b""
         else:
             is_there = bool(data)
-        if self.progress is not _Progress.CLOSING:
+        if self.progress is not Progress.CLOSING:
             self._note(data)
             self.unread(self.take_buffered() + data)
             self.progress = self._look()
         return is_there
 
-    def _look(self) -> _Progress:
+    def _look(self) -> Progress:
         data = self.buf.getvalue()
         head, end, body = data.partition(b"\r\n\r\n")
-        if len(head) > _READ_AHEAD:
-            return _Progress.OVERSIZED
+        if len(head) > READ_AHEAD:
+            return Progress.OVERSIZED
         if not end:
             # gunicorn refuses a line that ends in LF alone: there is nothing to wait for.
             is_broken = data.count(b"\n") != data.count(b"\r\n")
-            return _Progress.WHOLE if is_broken else _Progress.PART
+            return Progress.WHOLE if is_broken else Progress.PART
         length = _LENGTH.search(head)
         size = int(length[1][:9] or 0) if length else 0
-        if size > _READ_AHEAD or _STREAMED.search(head):
-            return _Progress.LONG
-        return _Progress.WHOLE if len(body) >= size else _Progress.HEADERS
+        if size > READ_AHEAD or _STREAMED.search(head):
+            return Progress.LONG
+        return Progress.WHOLE if len(body) >= size else Progress.HEADERS
 
     def has_begun(self) -> bool:
         """Return whether some of a request has come, but not all."""
-        return bool(self.buf.getvalue()) and self.progress is not _Progress.CLOSING
+        return bool(self.buf.getvalue()) and self.progress is not Progress.CLOSING
 
     def has_next(self) -> bool:
         """Return whether the next request is there, all of it, now or in a moment."""
-        came = _is_readable(self.sock, _NEXT_SECONDS) and self.read_ahead()
-        return came and self.progress is _Progress.WHOLE
+        came = _is_readable(self.sock, NEXT_SECONDS) and self.read_ahead()
+        return came and self.progress is Progress.WHOLE
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Read more of a long request. Raises TimeoutError where the client is too slow."""
@@ -145,15 +145,15 @@ class _Reader(SocketUnreader):
 
     def seconds_left(self) -> float:
         """Return how long to wait for the client; at a stop, from its last bytes before that."""
-        until = self._last + _STALL_SECONDS
+        until = self._last + STALL_SECONDS
         if not self._worker.alive:
-            until = self._last + _STOP_SECONDS
-        elif self.progress is _Progress.CLOSING:
-            until = self._last + _CLOSE_SECONDS
-        elif self.progress is _Progress.PART:
-            until = self.began + _HEADERS_SECONDS
+            until = self._last + STOP_SECONDS
+        elif self.progress is Progress.CLOSING:
+            until = self._last + CLOSE_SECONDS
+        elif self.progress is Progress.PART:
+            until = self.began + HEADERS_SECONDS
         else:
-            until = min(until, self.began + _SECONDS_PER_MIB * (self.size // 2**20 + 1))
+            until = min(until, self.began + SECONDS_PER_MIB * (self.size // 2**20 + 1))
         return max(0.0, until - time.monotonic())
 
 
@@ -179,13 +179,13 @@ class Worker(ThreadWorker):
         """Take what has come of a request, and give it to a thread if that is enough."""
         reader = _reader(conn, self)
         is_there = reader.read_ahead()
-        if reader.progress in (_Progress.WHOLE, _Progress.LONG):
+        if reader.progress in (Progress.WHOLE, Progress.LONG):
             self._busy += 1
             reader.restart_clock()
-            pool = self.tpool if reader.progress is _Progress.WHOLE else self._long_pool
+            pool = self.tpool if reader.progress is Progress.WHOLE else self._long_pool
             future = pool.submit(self.handle, conn)
             future.add_done_callback(partial(self.method_queue.defer, self.finish_request, conn))
-        elif reader.progress is _Progress.OVERSIZED:
+        elif reader.progress is Progress.OVERSIZED:
             self._refuse(conn, errors.LimitRequestHeaders("more than 64 KiB"))
         elif is_there:
             self.pending_conns.append(conn)
@@ -235,7 +235,7 @@ class Worker(ThreadWorker):
 
     def _close_gently(self, conn: Any) -> None:
         """Close a connection when its client does, or soon: a reset could cost it the answer."""
-        _reader(conn).progress = _Progress.CLOSING
+        _reader(conn).progress = Progress.CLOSING
         with suppress(OSError):
             conn.sock.shutdown(socket.SHUT_WR)
         self.enqueue_req(conn)
@@ -245,13 +245,13 @@ class Worker(ThreadWorker):
         conn.close()
 
 
-def _reader(conn: Any, worker: Worker | None = None) -> _Reader:
+def _reader(conn: Any, worker: Worker | None = None) -> Reader:
     """Return the reader of a connection; the worker makes one where there is none."""
     if worker and not conn.initialized:
         conn.parser = RequestParser(worker.cfg, conn.sock, conn.client)
-        conn.parser.unreader = _Reader(conn.sock, worker)
+        conn.parser.unreader = Reader(conn.sock, worker)
         conn.initialized = True
-    reader: _Reader = conn.parser.unreader
+    reader: Reader = conn.parser.unreader
     return reader
 
 

@@ -44,7 +44,7 @@ MAX_BACKOFF = 300.0
 # A call reaches Chutes a little after it was claimed, and not always equally late.
 RATE_MARGIN = 0.25
 RETRY_SECONDS = 1.0
-_CANCEL_SECONDS = 5.0
+CANCEL_SECONDS = 5.0
 _CHORES_SECONDS = 1.0
 # Between two steps of a long chore others write.
 _STEP_SECONDS = 0.02
@@ -504,7 +504,7 @@ class Worker:
         self._wait_for_calls(self._config.shutdown_grace)
         for _, token in list(self._running.values()):
             token.cancel("shutdown")
-        self._wait_for_calls(_CANCEL_SECONDS)
+        self._wait_for_calls(CANCEL_SECONDS)
         self._is_over.set()
         # What cannot be canceled, such as the look-up of a name, must not count either.
         for task, _ in list(self._running.values()):

@@ -1,10 +1,13 @@
-"""Rows of a database, read and written behind the server's back."""
+"""What lies below a database: its rows, behind the server's back, and what SQLite does for it."""
 
 import fcntl
 import sqlite3
 import time
 from contextlib import closing, contextmanager
 from pathlib import Path
+from unittest import mock
+
+from db import Database
 
 
 def read(path, sql, values=()):
@@ -32,6 +35,40 @@ def task(id, **columns):
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
     usual = {"prompt": "p", "model": "m", "params": "{}", "priority": 0, "status": "pending"}
     return {"id": id, **usual, "created_at": now, "updated_at": now, **columns}
+
+
+def open_watched(path):
+    """Open a database, and return it with the connections to SQLite that it has opened."""
+    connections, connect = [], sqlite3.connect
+
+    def collect(*args, **values):
+        connections.append(connect(*args, **values))
+        return connections[-1]
+
+    with mock.patch("sqlite3.connect", collect):
+        return Database(path), connections
+
+
+@contextmanager
+def traced(connections):
+    """Collect the statements that are run."""
+    statements = []
+    for connection in connections:
+        connection.set_trace_callback(statements.append)
+    yield statements
+    for connection in connections:
+        connection.set_trace_callback(None)
+
+
+def steps_taken(connections, work):
+    """Count the instructions of SQLite's machine, in tens."""
+    taken = []
+    for connection in connections:
+        connection.set_progress_handler(lambda: taken.append(1), 10)
+    work()
+    for connection in connections:
+        connection.set_progress_handler(None, 0)
+    return len(taken)
 
 
 @contextmanager

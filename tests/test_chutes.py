@@ -479,7 +479,7 @@ def test_an_answer_that_was_whole_when_it_was_canceled_is_kept(call):
 
 
 def test_a_refusal_that_stalls_in_its_body_is_known_by_its_status(call, monkeypatch):
-    monkeypatch.setattr("chutes._ERROR_BODY_SECONDS", 0.2)
+    monkeypatch.setattr("chutes.ERROR_BODY_SECONDS", 0.2)
 
     def answer(connection):
         connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 50\r\n\r\nthe model")

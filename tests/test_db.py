@@ -4,7 +4,6 @@ import fcntl
 import multiprocessing
 import sqlite3
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -261,7 +260,7 @@ def test_calls_of_deleted_tasks_are_purged_in_steps_and_no_others(database):
 
 def test_calls_are_purged_by_an_index(opened):
     database, connections = opened
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         database.purge_calls((0.0, "", 0), NOW)
     steps = [step for sql in statements if "calls" in sql for step in plan(database, sql)]
     assert steps and all(step.startswith(("SEARCH", "CORRELATED")) for step in steps)
@@ -390,7 +389,7 @@ def plan(database, sql):
 def test_the_next_task_is_found_by_steps_in_an_index(opened):
     database, connections = opened
     fill(database, 100)
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         assert database.claim(NOW)
     sql = next(sql for sql in statements if "ready (model)" in sql)
     steps = plan(database, sql)
@@ -412,7 +411,7 @@ LISTS = {
 def test_a_list_is_served_by_an_index(opened, name):
     database, connections = opened
     fill(database, 100)
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         assert database.list_tasks(*LISTS[name])
     (sql,) = [statement for statement in statements if "FROM tasks" in statement]
     (step,) = plan(database, sql)
@@ -422,7 +421,7 @@ def test_a_list_is_served_by_an_index(opened, name):
 def test_place_and_status_are_served_by_an_index(opened):
     database, connections = opened
     fill(database, 100)
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         database.queue_view(database.get("t50"), (60, 60), NOW)
     on_tasks = [sql for sql in statements if "FROM tasks" in sql]
     steps = [step for sql in on_tasks for step in plan(database, sql) if "tasks" in step]
@@ -439,7 +438,7 @@ def test_a_page_of_waiting_tasks_costs_no_more_statements_than_one(opened):
     numbers = []
     for count in (1, 200):
         tasks = database.list_tasks("pending", None, None, count)
-        with traced(connections) as statements:
+        with rows.traced(connections) as statements:
             assert len(database.queue_views(tasks, (60, 60), NOW, 9)) == count
         numbers.append(len([sql for sql in statements if " holds " not in sql]))
     assert numbers[0] == numbers[1] < 10
@@ -465,61 +464,26 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
     assert database.queue_view(task, None, NOW).ahead == 1
 
 
-def open_watched(path):
-    """Open a database, and return it with the connections to SQLite that it has opened."""
-    connections, connect = [], sqlite3.connect
-
-    def collect(*args, **values):
-        connections.append(connect(*args, **values))
-        return connections[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sqlite3, "connect", collect)
-        return Database(path), connections
-
-
 @pytest.fixture
 def opened(tmp_path):
     """Return a database, and its connections to SQLite."""
-    database, connections = open_watched(tmp_path / "tasks.sqlite3")
+    database, connections = rows.open_watched(tmp_path / "tasks.sqlite3")
     yield database, connections
     database.close()
-
-
-@contextmanager
-def traced(connections):
-    """Collect the statements that are run."""
-    statements = []
-    for connection in connections:
-        connection.set_trace_callback(statements.append)
-    yield statements
-    for connection in connections:
-        connection.set_trace_callback(None)
-
-
-def steps_taken(connections, work):
-    """Count the instructions of SQLite's machine, in tens."""
-    taken = []
-    for connection in connections:
-        connection.set_progress_handler(lambda: taken.append(1), 10)
-    work()
-    for connection in connections:
-        connection.set_progress_handler(None, 0)
-    return len(taken)
 
 
 @pytest.mark.parametrize("is_held", [False, True])
 def test_a_long_backlog_costs_no_more_than_a_short_one(tmp_path, is_held):
     steps = []
     for count in (30, 30_000):
-        database, connections = open_watched(tmp_path / f"{count}.sqlite3")
+        database, connections = rows.open_watched(tmp_path / f"{count}.sqlite3")
         fill(database, count)
         if is_held:
             for _ in range(3):
                 task = database.claim(NOW)
                 database.finish(task, held(task.model), NOW)
-        steps.append(steps_taken(connections, lambda: database.claim(NOW)))  # noqa: B023
-        steps.append(steps_taken(connections, lambda: database.next_due(NOW)))  # noqa: B023
+        steps.append(rows.steps_taken(connections, lambda: database.claim(NOW)))  # noqa: B023
+        steps.append(rows.steps_taken(connections, lambda: database.next_due(NOW)))  # noqa: B023
         database.close()
     assert steps[2] <= steps[0] + 10
     assert steps[3] <= steps[1] + 10
@@ -631,7 +595,7 @@ def add_together(database, adders):
 
 def test_writes_that_wait_together_share_a_commit(opened):
     database, connections = opened
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         add_together(database, [lambda n=n: add(database, f"t{n}") for n in range(10)])
     assert statements.count("COMMIT") == 1
     assert len(claimed(database)) == 10

@@ -202,7 +202,7 @@ def test_more_clients_than_may_be_connected_keep_nobody_out(start):
 
 
 def test_headers_have_their_time_in_all(start):
-    server = start("g._HEADERS_SECONDS = 0.5")
+    server = start("g.HEADERS_SECONDS = 0.5")
     with clients(server, 2, b"GET / HTTP/1.1\r\nX: ", drip=b"x", every=0.1) as dripping:
         for client in dripping:
             assert answer(client) == (408, LATE)
@@ -211,7 +211,7 @@ def test_headers_have_their_time_in_all(start):
 
 
 def test_headers_of_a_kept_connection_have_their_time_too(start):
-    server = start("g._HEADERS_SECONDS = 0.5")
+    server = start("g.HEADERS_SECONDS = 0.5")
     with connect(server) as client:
         client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer(client)[0] == 200
@@ -220,14 +220,14 @@ def test_headers_of_a_kept_connection_have_their_time_too(start):
 
 
 def test_bodies_that_stall_are_given_up(start):
-    server = start("g._HEADERS_SECONDS = g._STALL_SECONDS = 0.5", THREADS=2, WORKERS=1)
+    server = start("g.HEADERS_SECONDS = g.STALL_SECONDS = 0.5", THREADS=2, WORKERS=1)
     with clients(server, 4, *HALF_BODIES) as stalled:
         assert [last_answer(client) for client in stalled] == CUT * 4
     assert "Traceback" not in server.log()
 
 
 def test_bodies_that_drip_are_given_up(start):
-    server = start("g._HEADERS_SECONDS = g._SECONDS_PER_MIB = 0.5", THREADS=2, WORKERS=1)
+    server = start("g.HEADERS_SECONDS = g.SECONDS_PER_MIB = 0.5", THREADS=2, WORKERS=1)
     with clients(server, 2, *HALF_BODIES, drip=b" ", every=0.1) as dripping:
         assert [last_answer(client) for client in dripping] == CUT * 2
     assert "Traceback" not in server.log()
@@ -244,8 +244,8 @@ def last_answer(client):
 def test_each_mib_of_a_body_has_its_time(size, may_go_on):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        reader = gthread._Reader(ours, SimpleNamespace(alive=True))
-        reader.progress = gthread._Progress.LONG
+        reader = gthread.Reader(ours, SimpleNamespace(alive=True))
+        reader.progress = gthread.Progress.LONG
         reader.size = size
         reader.began -= 61
         assert bool(reader.seconds_left()) == may_go_on
@@ -253,7 +253,7 @@ def test_each_mib_of_a_body_has_its_time(size, may_go_on):
 
 def test_a_client_that_takes_no_answer_is_given_up(start, upstream):
     upstream.decide = lambda fields: Answer(body=image_bytes() + bytes(20_000_000))
-    server = start("import app; app._STALL_SECONDS = 0.5", THREADS=2, WORKERS=1)
+    server = start("import app; app.STALL_SECONDS = 0.5", THREADS=2, WORKERS=1)
     (task,) = server.all_end([server.submit()])
     get = f"GET /images/{task['id']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with clients(server, 2, get):
@@ -404,7 +404,7 @@ def test_requests_that_come_together_are_answered_in_their_order(server):
 
 
 def test_who_waits_for_100_gets_it(start):
-    server = start("g._HEADERS_SECONDS = 60")
+    server = start("g.HEADERS_SECONDS = 60")
     for length in (15, 100_000):
         with connect(server) as client, client.makefile("rb") as file:
             client.sendall(HEADERS + b"Expect: 100-Continue\r\n")

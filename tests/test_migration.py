@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from rows import open_watched, steps_taken
 
 import db
 from db import Database, DatabaseError
@@ -178,10 +179,8 @@ def test_to_count_costs_no_more_where_there_are_many(tmp_path):
     for tasks in (40, 40_000):
         path = tmp_path / f"{tasks}.sqlite3"
         version_1(path, tasks)
-        database = Database(path)
-        taken = []
-        database._reader.set_progress_handler(lambda: taken.append(1), 10)  # noqa: B023
-        database.queue(NOW), database.stats()
-        steps.append(len(taken))
+        database, connections = open_watched(path)
+        counts = [lambda: database.queue(NOW), database.stats]  # noqa: B023
+        steps += [sum(steps_taken(connections, count) for count in counts)]
         database.close()
     assert steps[1] <= steps[0] + 10

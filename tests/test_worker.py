@@ -567,7 +567,7 @@ def test_a_call_that_cannot_be_cut_does_not_count_either(make, upstream, monkeyp
 
     q = make(INTERRUPTED="fail", MAX_ATTEMPTS=1)
     monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
-    monkeypatch.setattr(queue, "_CANCEL_SECONDS", 0.1)
+    monkeypatch.setattr(queue, "CANCEL_SECONDS", 0.1)
     q.start()
     task_id = q.add()
     looking.wait(10)
