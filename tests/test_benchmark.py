@@ -14,6 +14,7 @@ import pytest
 from conftest import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVER = ROOT / "script" / "server"
 RATE = benchmark.Row("speed", "how fast it is", "per s", "the fastest")
 TIME = benchmark.Row("delay", "how slow it is", "ms", "the slowest")
 
@@ -122,6 +123,13 @@ def test_every_row_but_those_of_growth_is_on_the_page_and_in_the_file_to_check_a
     assert list(json.loads((ROOT / "docs" / "speed.json").read_text())["rows"]) == names
 
 
+def test_the_server_is_measured_with_what_it_is_shipped_with(configure):
+    plain, added = configure(), re.findall(r"^export (\w+)=", SERVER.read_text(), re.M)
+    assert harness.SHIPPED.keys() == {"WORKERS", "THREADS", *added}
+    assert harness.SHIPPED["THREADS"] == plain.threads
+
+
+@pytest.mark.processes
 def test_one_row_is_measured_and_kept_and_nothing_stays(tmp_path):
     file = tmp_path / "figures.json"
     subprocess.run(
