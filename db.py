@@ -385,11 +385,12 @@ class Database:
     ) -> int:
         """Add anew up to `limit` failed tasks not retried yet, the oldest first; say how many.
 
-        Only those whose `seq` is at most `up_to`, and who failed with that code and are
-        of these models, if any are given. Raises QueueFull where there is no room for one.
+        Only those whose `seq` is at most `up_to`, and who failed with that code, or without
+        one in any way but by being canceled, and are of these models, if any are given.
+        Raises QueueFull where there is no room for one.
         """
         index = "tasks_unretried" if error_code else "tasks_unretried_line"
-        only = "AND error_code = :code" if error_code else ""
+        only = "AND error_code = :code" if error_code else "AND error_code != 'canceled'"
         if models:
             only += " AND model IN (SELECT value FROM json_each(:models))"
         values = {"code": error_code, "up_to": up_to, "models": json.dumps(models)}

@@ -126,3 +126,10 @@ CREATE TRIGGER tasks_changed AFTER UPDATE OF status, error_code ON tasks BEGIN
   INSERT INTO counts VALUES (new.status, coalesce(new.error_code, ''), 1)
     ON CONFLICT DO UPDATE SET tasks = tasks + 1;
 END;
+
+-- version 3
+
+-- Those that "retry all" means: what was canceled is no failure.
+DROP INDEX tasks_unretried_line;
+CREATE INDEX tasks_unretried_line ON tasks (seq)
+  WHERE status = 'failed' AND retried_as IS NULL AND error_code != 'canceled';

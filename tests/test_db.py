@@ -464,6 +464,18 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
     assert database.queue_view(task, None, NOW).ahead == 1
 
 
+def test_any_number_of_canceled_tasks_costs_a_retry_of_all_nothing(tmp_path):
+    steps = []
+    for count in (30, 30_000):
+        database, connections = rows.open_watched(tmp_path / f"{count}.sqlite3")
+        kind = {"status": "failed", "error_code": "canceled"}
+        rows.insert(database.path, "tasks", (rows.task(f"t{n}", **kind) for n in range(count)))
+        retry_all = lambda: database.retry_failed(None, 10**6, (), str, NOW)  # noqa: B023, E731
+        steps.append(rows.steps_taken(connections, retry_all))
+        database.close()
+    assert steps[1] <= steps[0] + 10
+
+
 @pytest.fixture
 def opened(tmp_path):
     """Return a database, and its connections to SQLite."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from flask import g, request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -59,9 +59,9 @@ class TasksQuery(BaseModel, extra="forbid"):
 
 
 class RetryQuery(BaseModel, extra="forbid"):
-    """Which of the tasks that failed to retry; all, where the code is empty."""
+    """Which of the tasks that failed to retry; without a code all but the canceled."""
 
-    error_code: Annotated[Literal[ErrorCode, ""], _one_of(ERROR_CODES)] = ""
+    error_code: Annotated[ErrorCode | None, _one_of(ERROR_CODES)] = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

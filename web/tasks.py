@@ -90,8 +90,8 @@ def retry(task_id: str) -> Response:
 @bp.post("/tasks/retry")
 @operation(answers.Retried, errors=(429, 507), query=params.RetryQuery, id="retryFailed")
 def retry_failed() -> Response:
-    """Retry all that failed and were not retried yet; with `error_code`, only those."""
-    code = query(params.RetryQuery).error_code or None
+    """Retry all that failed and were not retried yet, but not what was canceled; or of a code."""
+    code = query(params.RetryQuery).error_code
     service.check_disk()
     retried = _retry_failed(code)
     service.worker.wake()

@@ -417,11 +417,23 @@ def test_more_failures_than_one_step_takes_are_all_retried(app, client):
     assert client.post("/tasks/retry?error_code=expired").json == {"retried": 1201}
 
 
-@pytest.mark.parametrize("query", ["error_code=nonsense", "code=expired"])
-def test_an_unknown_error_code_is_refused(client, query):
+def test_what_was_canceled_is_retried_only_by_name(client, upstream):
+    failed(client, upstream)
+    client.post("/queue/pause")
+    for _ in range(3):
+        client.post(f"/tasks/{submit(client)}/cancel")
+    assert client.post("/tasks/retry").json == {"retried": 1}
+    assert client.post("/tasks/retry?error_code=canceled").json == {"retried": 3}
+    assert client.post("/tasks/retry?error_code=canceled").json == {"retried": 0}
+
+
+@pytest.mark.parametrize("query", ["error_code=nonsense", "error_code=", "code=expired"])
+def test_an_unknown_error_code_is_refused(client, upstream, query):
+    failed(client, upstream)
     answer = client.post(f"/tasks/retry?{query}")
     assert answer.status_code == 400
     assert "error_code" in answer.json["error"]
+    assert client.post("/tasks/retry").json == {"retried": 1}
 
 
 # Delete
