@@ -231,7 +231,7 @@ class Database:
     ) -> Task | None:
         """Take the next task that may run and note its call, or return None.
 
-        None may run where so many calls were started in that many seconds, or today.
+        None may run where so many calls were started in that many seconds, or sent today.
         Highest priority first, then first in, first out. Passed over are tasks that wait
         for their next attempt, models that are held, and all while the queue is paused.
         The first task of a model after its hold has ended is the probe: no other task of
@@ -775,10 +775,10 @@ def _cancel(task_id: str, now: float) -> dict[str, Any]:
 
 def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
     connection.execute(
-        """UPDATE calls SET outcome = ?, seconds = ?, http_status = ?, invocation_id = ?
+        """UPDATE calls SET outcome = ?, sent = ?, seconds = ?, http_status = ?, invocation_id = ?
            WHERE task = ? AND number = ? AND outcome IS NULL""",
         (
-            *(end.outcome, end.seconds, end.reply.status, end.reply.invocation_id),
+            *(end.outcome, end.sent, end.seconds, end.reply.status, end.reply.invocation_id),
             *(task.id, task.calls),
         ),
     )
@@ -887,8 +887,12 @@ def _check_pending_limit(connection: _Connection, max_pending: int | None, wante
 
 
 def _calls_since(connection: _Connection, then: float, limit: int = -1) -> int:
-    sql = "SELECT count(*) FROM (SELECT 1 FROM calls WHERE started >= ? LIMIT ?)"
-    return connection.count(sql, (then, limit))
+    """Count the calls that were sent, up to the limit; one under way counts."""
+    return connection.count(
+        """SELECT count(*) FROM (SELECT 1 FROM calls INDEXED BY calls_sent
+                                 WHERE started >= ? AND sent LIMIT ?)""",
+        (then, limit),
+    )
 
 
 def midnight(now: float) -> float:

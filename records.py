@@ -233,13 +233,15 @@ class Ending:
     The task's `status` is then completed (with the image and its path), failed, or pending
     again, at once or after `not_before` (epoch seconds). `outcome` is a word for the call,
     and the error_code of a task that failed. A call that was not `counted` used up no
-    attempt. `hold` and `pause_reason` are for the tasks that wait. `seconds` is what the
-    call took, if it was this process that made it.
+    attempt, and one that was not `sent` is none of the day's calls. `hold` and `pause_reason`
+    are for the tasks that wait. `seconds` is what the call took, if it was this process that
+    made it.
     """
 
     outcome: str
     status: str
     counted: bool = True
+    sent: bool = True
     error: str | None = None
     not_before: float | None = None
     reply: Reply = Reply()

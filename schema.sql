@@ -133,3 +133,8 @@ END;
 DROP INDEX tasks_unretried_line;
 CREATE INDEX tasks_unretried_line ON tasks (seq)
   WHERE status = 'failed' AND retried_as IS NULL AND error_code != 'canceled';
+
+-- A day's calls are those that were sent, or may have been: one under way, or cut by a death.
+ALTER TABLE calls ADD COLUMN sent INTEGER NOT NULL DEFAULT 1;
+UPDATE calls SET sent = 0 WHERE outcome = 'unavailable' AND http_status IS NULL;
+CREATE INDEX calls_sent ON calls (started, sent) WHERE sent;

@@ -256,8 +256,9 @@ class Worker:
         log.error("no thread for a call: %s", error, extra={"task": task.id})
         # The pool may have kept the work for another thread: a canceled token makes no call.
         token.cancel("shutdown")
+        end = replace(SHUTDOWN, sent=False)
         self._write_until_accepted(
-            lambda: self._db.finish(task, SHUTDOWN, self._clock()), self._is_over.is_set
+            lambda: self._db.finish(task, end, self._clock()), self._is_over.is_set
         )
         self._running.pop(task.id)
         if "interpreter" in str(error):
@@ -352,7 +353,7 @@ class Worker:
         # Before the row: what dies in between is still found as an orphan.
         with suppress(OSError):  # A folder that cannot be written must not stop the end.
             part.unlink(missing_ok=True)
-        end = replace(end, seconds=time.monotonic() - began)
+        end = replace(end, sent=token.connected, seconds=time.monotonic() - began)
         self._write_until_accepted(lambda: self._finish(task, end), self._is_over.is_set)
         self._running.pop(task.id, None)
         self._bell.ring()
@@ -507,8 +508,9 @@ class Worker:
         self._wait_for_calls(CANCEL_SECONDS)
         self._is_over.set()
         # What cannot be canceled, such as the look-up of a name, must not count either.
-        for task, _ in list(self._running.values()):
-            put_back = functools.partial(self._db.finish, task, SHUTDOWN, self._clock())
+        for task, token in list(self._running.values()):
+            end = replace(SHUTDOWN, sent=token.connected)
+            put_back = functools.partial(self._db.finish, task, end, self._clock())
             self._write_until_accepted(put_back, self._is_over.is_set)
 
     def _wait_for_calls(self, seconds: float) -> None:

@@ -57,7 +57,7 @@ class Queue:
     def waits(self, task_id):
         task = self.task(task_id)
         limit = worker.rate_limit(self.config)
-        queue_view = self.db.queue_view(task, limit, self.clock())
+        queue_view = self.db.queue_view(task, limit, self.clock(), self.config.max_per_day)
         return waiting_for(task, queue_view, self.config, self.clock())
 
     def files(self):

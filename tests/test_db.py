@@ -464,6 +464,14 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
     assert database.queue_view(task, None, NOW).ahead == 1
 
 
+def test_the_days_calls_are_counted_by_an_index(opened):
+    database, connections = opened
+    with traced(connections) as statements:
+        database.queue(NOW)
+    (sql,) = [sql for sql in statements if "FROM calls" in sql]
+    assert any("COVERING INDEX calls_sent (started>?)" in step for step in plan(database, sql))
+
+
 def test_any_number_of_canceled_tasks_costs_a_retry_of_all_nothing(tmp_path):
     steps = []
     for count in (30, 30_000):

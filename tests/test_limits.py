@@ -1,12 +1,14 @@
 """What a request may cost: the limits of the queue, the day and the models."""
 
+import socket
+import threading
 from datetime import UTC, datetime
 
+import pytest
 from conftest import finished, submit, wait_until
 from queues import ever
-from upstream import refusal
-
-from web.answers import waiting_for
+from server import Server
+from upstream import closed_port, refusal
 
 
 def count(client):
@@ -74,8 +76,7 @@ def test_the_days_calls_are_limited_and_the_others_wait_for_the_next(make, upstr
     ids = [q.add() for _ in range(3)]
     for task_id in ids[:2]:
         q.until(task_id, status="completed")
-    queue_view = q.db.queue_view(q.task(ids[2]), None, clock.now, 2)
-    assert waiting_for(q.task(ids[2]), queue_view, q.config, clock.now) == (
+    assert q.waits(ids[2]) == (
         "the limit of 2 calls a day (MAX_PER_DAY); next start at 2026-05-28 00:00:00 UTC"
     )
     clock.now += 3599
@@ -90,6 +91,108 @@ def test_the_day_begins_at_midnight_itself(make, upstream, clock):
     q.until(q.add(), status="completed")
     q.add()
     assert not ever(lambda: len(upstream.calls) > 1)
+
+
+def sent(q):
+    return q.db.queue(q.clock.now).calls_today
+
+
+def test_a_connection_that_was_not_made_is_no_call_of_the_day(make, upstream, clock):
+    q = make(
+        clock=clock, MAX_PER_DAY=1, CHUTES_API_URL=f"http://127.0.0.1:{closed_port()}/"
+    ).start()
+    task_id = q.add()
+    for calls in range(1, 4):
+        wait_until(lambda: q.outcomes() == ["unavailable"] * calls)  # noqa: B023
+        assert sent(q) == 0
+        clock.now = wait_until(lambda: (hold := q.db.hold("m")) and not hold.probe and hold.until)
+    q.worker.stop()
+    again = make(clock=clock, MAX_PER_DAY=1).start()
+    clock.now += 300
+    again.until(task_id, status="completed")
+    assert sent(again) == 1
+
+
+def test_a_call_that_was_sent_counts_however_it_ends(make, upstream, clock):
+    upstream.decide = lambda fields: refusal(429, "later")
+    q = make(clock=clock, MAX_PER_DAY=2).start()
+    q.add()
+    wait_until(lambda: q.outcomes() == ["unavailable"])
+    assert sent(q) == 1
+
+
+def test_calls_under_way_count_so_that_no_more_than_the_limit_are_made(make, upstream):
+    upstream.gate.clear()
+    q = make(MAX_PER_DAY=3, CONCURRENCY=8)
+    ids = [q.add() for _ in range(6)]
+    q.start()
+    wait_until(lambda: upstream.at_once == 3)
+    assert not ever(lambda: len(upstream.calls) > 3)
+    upstream.gate.set()
+    q.until(ids[2], status="completed")
+    assert not ever(lambda: len(upstream.calls) > 3)
+
+
+def test_a_call_that_is_canceled_before_its_connection_is_made_gives_its_place_back(
+    make, upstream, monkeypatch
+):
+    looking, answer = threading.Event(), threading.Event()
+    look_up = socket.getaddrinfo
+
+    def stuck(*args, **values):
+        looking.set()
+        answer.wait(30)
+        return look_up(*args, **values)
+
+    monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
+    q = make(MAX_PER_DAY=1, CONCURRENCY=1).start()
+    first, second = q.add(), q.add()
+    looking.wait(10)
+    assert sent(q) == 1
+    q.worker.cancel(first)
+    wait_until(lambda: not q.db.canceling() or q.worker._running[first][1].reason)
+    answer.set()
+    q.until(second, status="completed")
+    assert (sent(q), len(upstream.calls)) == (1, 1)
+
+
+def test_a_call_that_a_death_has_cut_counts(make, upstream, clock):
+    q = make(clock=clock, MAX_PER_DAY=1)
+    task_id = q.add()
+    q.db.claim(clock.now)
+    q.start().until(task_id, status="pending")
+    assert q.waits(task_id).startswith("the limit of 1 calls a day")
+    assert not ever(lambda: upstream.calls)
+
+
+@pytest.mark.processes
+def test_a_kill_in_the_middle_of_a_call_gives_nothing_back(tmp_path, upstream):
+    upstream.gate.clear()
+    folder = tmp_path / "server"
+    first = Server(folder, upstream.url, MAX_PER_DAY=1)
+    second = None
+    try:
+        task_id = first.ready().submit()
+        wait_until(lambda: upstream.at_once == 1)
+        first.kill_all()
+        upstream.gate.set()
+        second = Server(folder, upstream.url, MAX_PER_DAY=1).ready()
+        wait_until(lambda: "MAX_PER_DAY" in (second.status(task_id)["waiting_for"] or ""))
+        assert second.request("GET", "/queue")[2]["calls_today"] == 1
+        assert len(upstream.calls) == 1
+    finally:
+        for server in filter(None, (first, second)):
+            server.close()
+
+
+def test_the_rate_limit_counts_every_start(make, clock):
+    url = f"http://127.0.0.1:{closed_port()}/"
+    q = make(clock=clock, RATE_LIMIT="1/60", RETRY_BACKOFF=1, CHUTES_API_URL=url).start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold("m"))
+    clock.now += 2
+    assert not ever(lambda: len(q.outcomes()) > 1)
+    assert q.db.queue_view(q.task(task_id), (1, 60), clock.now).next_start
 
 
 def test_the_days_limit_is_told_over_http(serve, upstream):

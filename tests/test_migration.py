@@ -76,6 +76,20 @@ def test_an_old_database_has_the_same_tables_then_as_a_new_one(old, tmp_path):
     assert rows(old, names) == rows(tmp_path / "new.sqlite3", names)
 
 
+def test_calls_of_today_that_found_no_connection_are_no_longer_counted(old):
+    calls = [(1, None, "unavailable"), (2, 429, "unavailable"), (3, None, None)]
+    connection = sqlite3.connect(old)
+    connection.executemany(
+        "INSERT INTO calls (task, number, started, http_status, outcome) VALUES ('t0', ?, 9, ?, ?)",
+        calls,
+    )
+    connection.commit()
+    connection.close()
+    database = Database(old)
+    assert database.queue(10).calls_today == 2
+    database.close()
+
+
 def test_a_copy_is_kept_as_it_was(old):
     Database(old).close()
     copy = f"{old}.version-1"
