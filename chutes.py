@@ -1,6 +1,5 @@
 """The upstream: one request in, one file on disk out, or a ChutesError that says what to do."""
 
-import errno
 import functools
 import json
 import os
@@ -50,7 +49,6 @@ class ChutesError(AttemptError):
         advice: str = "",
         *,
         wait: float | None = None,
-        room: int = 0,
         reply: Reply | None = None,
     ):
         message = f"{headline}: {detail}" if detail else headline
@@ -59,7 +57,6 @@ class ChutesError(AttemptError):
         self.code = code
         self.headline = headline
         self.wait = wait
-        self.room = room
         self.reply = reply or Reply()
 
 
@@ -196,11 +193,13 @@ class Chutes:
 
         Takes at most TASK_TIMEOUT seconds from starting to connect to the last byte.
         Whether the bytes are an image is for `sink` to look at, which is called with
-        each piece of them as it comes. Raises ChutesError, or Canceled where
-        the token was canceled by someone else; the file may then hold a part.
+        each piece of them as it comes. Raises ChutesError, Canceled where the token was
+        canceled by someone else, or OSError where the file cannot be written: before the
+        call where it cannot be opened, else when `sink` has had all of the bytes. The file
+        may then hold a part.
         """
         try:
-            with _disk_faults(path), path.open("wb") as file:
+            with path.open("wb") as file:
                 return self._call(model, self._body(model, prompt, params), file, token, sink)
         finally:
             self._watchdog.forget(token)
@@ -280,15 +279,28 @@ class Chutes:
         reply: Reply,
         sink: Callable[[bytes], object],
     ) -> None:
+        chunks = self._chunks(response, reply)
+        for chunk in chunks:
+            sink(chunk)
+            try:
+                file.write(chunk)
+            except OSError:
+                for rest in chunks:  # How large the image is, the next one wants to know.
+                    sink(rest)
+                raise
+        file.flush()
+        os.fsync(file.fileno())
+
+    def _chunks(self, response: requests.Response, reply: Reply) -> Iterator[bytes]:
+        """Yield the bytes as they come, at most MAX_IMAGE_MB of them."""
+        size = 0
         if _length(response) > self._max_bytes:
             raise self._too_large(reply)
         for chunk in response.iter_content(_CHUNK):
-            if file.tell() + len(chunk) > self._max_bytes:
+            size += len(chunk)
+            if size > self._max_bytes:
                 raise self._too_large(reply)
-            file.write(chunk)
-            sink(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            yield chunk
 
     def _too_large(self, reply: Reply) -> ChutesError:
         return ChutesError(
@@ -450,30 +462,6 @@ class _Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Say that there is none: even a redirect not followed is read whole into memory."""
         return None
-
-
-@contextmanager
-def _disk_faults(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except _NETWORK_FAULTS:
-        raise
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
-def disk_error(error: OSError, path: Path) -> ChutesError:
-    """Say what it means that a file could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        held = path.stat().st_size if path.exists() else 0
-        headline = "There is no room on the disk for the image"
-        return ChutesError(Remedy.HOLD_ALL, "no_room", headline, room=held + _CHUNK)
-    return ChutesError(
-        Remedy.FAIL,
-        "storage",
-        f"The image could not be written ({error.strerror})",
-        advice=f"Check the folder {path.parent}",
-    )
 
 
 def _length(response: requests.Response) -> int:

@@ -520,9 +520,12 @@ class Database:
         """End a pause, whoever began it."""
         self._run("UPDATE queue SET paused = 0, pause_reason = NULL")
 
-    def delay_hold(self, model: str, until: float) -> None:
-        """Let a hold that is due last until then."""
-        self._run("UPDATE holds SET until = ? WHERE model = ? AND probe IS NULL", (until, model))
+    def delay_hold(self, model: str, until: float, reason: str) -> None:
+        """Let a hold last until then, for this reason, unless a task probes it."""
+        self._run(
+            "UPDATE holds SET until = ?, reason = ? WHERE model = ? AND probe IS NULL",
+            (until, reason, model),
+        )
 
     def hold(self, model: str) -> Hold | None:
         """Read the hold of a model, or of ALL_MODELS."""
@@ -566,7 +569,7 @@ class Database:
                 """UPDATE tasks SET status = 'failed', error = last_error, error_code = (
                          SELECT outcome FROM calls
                          WHERE task = tasks.id AND outcome NOT IN ('shutdown', 'unavailable',
-                           'quota', 'no_room') ORDER BY number DESC LIMIT 1),
+                           'quota', 'no_room', 'storage') ORDER BY number DESC LIMIT 1),
                        updated_at = :stamp, finished_at = :stamp
                    WHERE status = 'pending' AND attempts >= :maximum""",
                 {"stamp": stamp(now), "maximum": max_attempts},
@@ -799,6 +802,7 @@ def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -
     facts = vars(end.image) if end.image else {}
     cursor = connection.execute(
         """UPDATE tasks SET status = :status, attempts = attempts + :counted,
+             lost_images = lost_images + :has_lost_image,
              not_before = :not_before, last_error = coalesce(:last_error, last_error),
              error_code = :error_code, error = :error, file_path = :path,
              content_type = :content_type, bytes = :bytes, width = :width, height = :height,
@@ -809,6 +813,7 @@ def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -
             **facts,
             "status": end.status,
             "counted": end.counted,
+            "has_lost_image": end.has_lost_image,
             "not_before": end.not_before,
             "last_error": end.error if is_pending else None,
             "error_code": end.outcome if has_failed else None,

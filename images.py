@@ -108,13 +108,13 @@ class Verifier:
 
     A PNG is followed by its chunks, each with its checksum, and is not decoded. A JPEG and
     a WebP are followed to their end, and then `decode` reads the file. Bytes behind the end
-    of an image are no fault.
+    of an image are no fault. `size` is how many bytes there were.
     """
 
     def __init__(self, decode: Callable[[Path, _Outline], tuple[int, int]]):
         self._decode = decode
         self._sha256 = hashlib.sha256()
-        self._bytes = 0
+        self.size = 0
         self._stream = _Stream()
         self._reading = _read(self._stream)
         self._verdict: _Outline | ImageError | None = None
@@ -122,7 +122,7 @@ class Verifier:
     def feed(self, data: bytes) -> None:
         """Take the next bytes. What is wrong with them is raised by `finish`."""
         self._sha256.update(data)
-        self._bytes += len(data)
+        self.size += len(data)
         if self._verdict is None:
             self._stream.feed(data)
             self._read_on()
@@ -142,7 +142,7 @@ class Verifier:
         kind = self._verdict.kind
         extension = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
         sha256 = self._sha256.hexdigest()
-        return Image(f"image/{kind.lower()}", extension, self._bytes, width, height, sha256)
+        return Image(f"image/{kind.lower()}", extension, self.size, width, height, sha256)
 
     def _read_on(self) -> None:
         try:

@@ -1,17 +1,76 @@
-"""The folder of images: its names, how a file gets one and loses it, and how much room there is."""
+"""The folder of images: its names, how a file gets one and loses it, and whether it takes one."""
 
 import errno
+import math
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from config import Config
-from records import Task
+from records import AttemptError, Remedy, Task
 
 EXTENSIONS = ("png", "jpg", "webp")
+_CHUNK = 65536
+
+
+class StorageError(AttemptError):
+    """An image could not be written to the folder, after so many bytes of it had come.
+
+    It is no fault of its task; without a byte, no call was made.
+    """
+
+    remedy = Remedy.HOLD_ALL
+
+    def __init__(self, error: OSError, folder: Path, size: int = 0):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.code = "no_room"
+            self.headline = "There is no room on the disk for the image"
+        else:
+            self.code = "storage"
+            self.headline = f"The images cannot be written to {folder} ({error.strerror})"
+        super().__init__(self.headline)
+        self.room = size + _CHUNK
+        self.has_lost_image = size > 0
+
+
+class Folder:
+    """The folder of images, on the volume where it was when this was made."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        real = path.resolve()
+        self._volume = next(folder for folder in (real, *real.parents) if folder.is_mount())
+
+    def make(self) -> None:
+        """Make the folder where it was deleted, but not where its volume is gone.
+
+        Raises OSError, also where it is no folder.
+        """
+        if not self._volume.is_mount():
+            raise OSError(errno.ENODEV, f"{self._volume} is not mounted")
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+    def check(self, size: int = 1) -> None:
+        """Write a file of that size there, on disk (fsync), of which nothing stays.
+
+        Raises StorageError.
+        """
+        try:
+            self.make()
+            with tempfile.TemporaryFile(dir=self._path) as file:
+                for start in range(0, size, _CHUNK):
+                    # Not zeros, for which some file systems need no room.
+                    file.write(os.urandom(min(_CHUNK, size - start)))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(error, self._path) from error
 
 
 def part_path(config: Config, task_id: str) -> Path:
@@ -80,29 +139,17 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def has_room(folder: Path, size: int) -> bool:
-    """Return whether the disk and its quotas leave room for so many bytes, by trying.
-
-    Another fault than the lack of room is left to whoever writes in earnest.
-    """
-    probe = folder / ".room.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return True
-
-
 def is_low_on_disk(config: Config) -> bool:
     """Return whether less than MIN_FREE_MB is free where images or the database are."""
     floor = config.min_free_mb * 1024 * 1024
-    folders = (config.output_dir, config.database_path.parent)
-    return any(shutil.disk_usage(_nearest(folder)).free < floor for folder in folders)
+    return min(map(_free, (config.output_dir, config.database_path.parent))) < floor
+
+
+def _free(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(_nearest(folder)).free
+    except OSError:  # Whoever writes there is told what is wrong.
+        return math.inf
 
 
 def _nearest(folder: Path) -> Path:

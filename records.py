@@ -54,7 +54,7 @@ class Task:
     `attempts` are those that counted, `calls` all that were made; a call is known by
     the number that `calls` had while it ran. `not_before` is epoch seconds, and null
     where the task may run at once; the other times are UTC text. `bytes`, `width`,
-    `height` and `sha256` are the finished image's.
+    `height` and `sha256` are the finished image's. `lost_images` came, and could not be stored.
     """
 
     seq: int
@@ -82,6 +82,7 @@ class Task:
     sha256: str | None
     canceling: int
     retried_as: str | None
+    lost_images: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Hold:
     """Why the tasks of a model (or of ALL_MODELS) wait, and until when (epoch seconds).
 
     `step` is the wait in seconds that the next failure doubles, `room` the bytes that
-    must be free on the disk, `probe` the one task that tries while the others wait.
+    it must be possible to write, `probe` the one task that tries while the others wait.
     """
 
     model: str
@@ -215,7 +216,8 @@ class AttemptError(Exception):
 
     `remedy` says what the queue is to do, `code` is the task's error_code, or a word for
     the record where the task lives on. For a hold: `headline` is a short reason, `wait`
-    the seconds that were named, `room` the bytes of disk that were not enough.
+    the seconds that were named, `room` the bytes that could not be written, and
+    `has_lost_image` says whether they were paid for.
     """
 
     remedy = Remedy.RETRY
@@ -223,6 +225,7 @@ class AttemptError(Exception):
     headline = ""
     wait: float | None = None
     room = 0
+    has_lost_image = False
     reply: Reply | None = None
 
 
@@ -249,6 +252,7 @@ class Ending:
     image: Image | None = None
     hold: NewHold | None = None
     pause_reason: str | None = None
+    has_lost_image: bool = False
     seconds: float | None = None
 
 

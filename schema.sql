@@ -138,3 +138,5 @@ CREATE INDEX tasks_unretried_line ON tasks (seq)
 ALTER TABLE calls ADD COLUMN sent INTEGER NOT NULL DEFAULT 1;
 UPDATE calls SET sent = 0 WHERE outcome = 'unavailable' AND http_status IS NULL;
 CREATE INDEX calls_sent ON calls (started, sent) WHERE sent;
+
+ALTER TABLE tasks ADD COLUMN lost_images INTEGER NOT NULL DEFAULT 0;

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import chutes
 import db
 import doorbell
 import images
@@ -30,6 +29,7 @@ from records import (
     SHUTDOWN,
     AttemptError,
     Ending,
+    Hold,
     Image,
     NewHold,
     Remedy,
@@ -49,7 +49,8 @@ _CHORES_SECONDS = 1.0
 # Between two steps of a long chore others write.
 _STEP_SECONDS = 0.02
 _DRAIN_POLL_SECONDS = 0.05
-_DISK_POLL_SECONDS = 1.0
+# Until the next look at the disk, and a little longer, so that the reason is shown all the time.
+_DISK_SECONDS = 5.0
 _PURGE_SECONDS = 60.0
 _PURGE_STEP = 5
 _FIRST_CALL = (0.0, "", 0)
@@ -80,6 +81,7 @@ class Worker:
         self._db = database
         self._chutes = client
         self._decoder = decoder
+        self._folder = outputs.Folder(config.output_dir)
         self._bell = Doorbell()
         self._bell_path = Path(f"{config.database_path}.bell")
         # Half of the HTTP threads may wait; the others answer.
@@ -95,6 +97,7 @@ class Worker:
         self._last_chores = 0.0
         self._has_more_chores = False
         self._disk_is_full = False
+        self._checked_hold: Hold | None = None
         self._last_tick = 0.0
         self._last_purge = 0.0
         self._last_purged_call = _FIRST_CALL
@@ -129,6 +132,10 @@ class Worker:
         self.waiters.ended(task.id)
         self._delete_files(task)
         return True
+
+    def check_folder(self) -> None:
+        """Raise StorageError where an image cannot be written."""
+        self._folder.check()
 
     @property
     def is_draining(self) -> bool:
@@ -267,14 +274,25 @@ class Worker:
             time.sleep(1)
 
     def _look_at_disk(self, now: float) -> bool:
-        """Return whether there is too little room to pay for a call."""
+        """Return whether an image could not be stored, so that no call is to be paid for.
+
+        A hold for that reason ends when a file of the size of the lost image can be written.
+        """
         if outputs.is_low_on_disk(self._config):
             return True
         hold = self._db.hold(ALL_MODELS)
-        if not hold or not hold.room or outputs.has_room(self._config.output_dir, hold.room):
+        if not hold or not hold.room or hold.probe or hold == self._checked_hold:
             return False
-        self._db.delay_hold(ALL_MODELS, now + _DISK_POLL_SECONDS)
-        return True
+        try:
+            self._folder.check(hold.room)
+        except outputs.StorageError as error:
+            self._db.delay_hold(ALL_MODELS, now + _DISK_SECONDS, error.headline)
+            return True
+        # It is not written again and again while the hold is not over, or no task comes.
+        until = min(hold.until, now) if self._disk_is_full else hold.until
+        self._checked_hold = replace(hold, until=until)
+        self._db.delay_hold(ALL_MODELS, until, hold.reason)
+        return False
 
     def _check_clock(self) -> None:
         """Take the times that were written down back with a clock that is set back."""
@@ -360,10 +378,10 @@ class Worker:
 
     def _call(self, task: Task, part: Path, token: CancelToken) -> Ending:
         """Fetch and keep the image; return how that ended."""
-        reply = Reply()
+        reply, verifier = Reply(), None
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
             verifier = self._decoder.verifier()
+            self._folder.make()
             reply = self._chutes.generate(
                 task.model, task.prompt, task.params, part, token, verifier.feed
             )
@@ -374,7 +392,9 @@ class Worker:
         except AttemptError as error:
             return self._consequence(task, error, error.reply or reply)
         except OSError as error:
-            return self._consequence(task, chutes.disk_error(error, part), Reply())
+            size = verifier.size if verifier else 0
+            storage = outputs.StorageError(error, self._config.output_dir, size)
+            return self._consequence(task, storage, reply)
         except Exception as error:
             log.exception("internal server error", extra={"task": task.id})
             message = f"Internal server error ({type(error).__name__}); see the server log"
@@ -392,15 +412,26 @@ class Worker:
             wait = backoff(task.attempts + 1, self._config.retry_backoff, self._jitter())
             return self._another_attempt(task, replace(end, not_before=self._clock() + wait))
         log.warning("%s", error, extra={"task": task.id})
+        step = self._config.retry_backoff
         hold = NewHold(
             model=task.model if error.remedy is Remedy.HOLD_MODEL else ALL_MODELS,
             reason=error.headline,
-            step=self._config.retry_backoff,
+            # The disk is looked at before a hold for its sake is over.
+            step=max(step, _DISK_SECONDS) if error.room else step,
             maximum=MAX_BACKOFF,
             wait=error.wait,
             room=error.room,
         )
-        return Ending(error.code, "pending", counted=False, reply=reply, hold=hold)
+        end = replace(end, status="pending", counted=False, error=None, hold=hold)
+        return self._lost_image_ending(task, end, error) if error.has_lost_image else end
+
+    def _lost_image_ending(self, task: Task, end: Ending, error: AttemptError) -> Ending:
+        """Return the ending of a call that was paid for in vain; the last one fails the task."""
+        end, lost = replace(end, has_lost_image=True), task.lost_images + 1
+        if lost < self._config.max_attempts:
+            return end
+        sentence = f"{error}, for {lost} images of this task; mend that, then retry the task"
+        return replace(end, outcome="storage", status="failed", error=sentence)
 
     def _another_attempt(self, task: Task, end: Ending) -> Ending:
         """Return the ending with another attempt to follow, if there is one left."""
@@ -484,7 +515,8 @@ class Worker:
 
     def _finished_file(self, task: Task) -> tuple[Path, Image] | None:
         """Return the image of an orphan that was whole when its process died."""
-        outputs.part_path(self._config, task.id).unlink(missing_ok=True)
+        with suppress(OSError):  # A folder that cannot be written may hold a finished image.
+            outputs.part_path(self._config, task.id).unlink(missing_ok=True)
         for path in outputs.finished_paths(self._config, task.id):
             try:
                 image = self._decoder.inspect(path)

@@ -577,24 +577,29 @@ def test_words_that_only_resemble_the_token_are_shown(call, upstream):
 # The disk
 
 
-def test_no_room_is_told_with_what_was_needed(configure, upstream, tmp_path, monkeypatch):
+def test_a_disk_that_fails_is_told_after_all_of_the_image(configure, upstream, tmp_path):
     data = os.urandom(400_000)
     upstream.decide = lambda fields: Answer(body=data)
-    monkeypatch.setattr("os.fsync", lambda file: _raise(OSError(28, "No space left on device")))
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
+    got = bytearray()
+    with pytest.raises(OSError, match="No space left on device"):
+        client.generate("m", "p", {}, Path("/dev/full"), CancelToken(), got.extend)
+    assert got == data
+
+
+def test_a_disk_that_fails_does_not_hide_that_an_image_is_too_large(configure, upstream):
+    upstream.decide = lambda fields: Answer(body=os.urandom(1024 * 1024 + 1))
+    client = Chutes(configure(CHUTES_API_URL=upstream.url, MAX_IMAGE_MB=1))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "part", CancelToken(), ignore)
-    assert (caught.value.remedy, caught.value.code) == (Remedy.HOLD_ALL, "no_room")
-    assert caught.value.room >= 400_000
+        client.generate("m", "p", {}, Path("/dev/full"), CancelToken(), ignore)
+    assert caught.value.code == "image_too_large"
 
 
 def test_a_folder_that_cannot_be_written_costs_no_call(configure, upstream, tmp_path):
-    client = Chutes(configure(CHUTES_API_URL=upstream.url))
-    with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, tmp_path / "none" / "part", CancelToken(), ignore)
-    assert (caught.value.remedy, caught.value.code) == (Remedy.FAIL, "storage")
-    assert str(tmp_path / "none") in str(caught.value)
-    assert upstream.calls == []
+    client, token = Chutes(configure(CHUTES_API_URL=upstream.url)), CancelToken()
+    with pytest.raises(FileNotFoundError):
+        client.generate("m", "p", {}, tmp_path / "none" / "part", token, ignore)
+    assert (upstream.calls, token.connected) == ([], False)
 
 
 def _raise(error):

@@ -21,7 +21,7 @@ MAX_ATTEMPTS = 3
 MAX_BACKOFF = 300.0
 MODELS = ("m", "n")
 MEMORY = Path("/dev/shm")
-UNCOUNTED = ("shutdown", "unavailable")
+UNCOUNTED = ("shutdown", "unavailable", "storage")
 IMAGE = Image("image/png", "png", 3, 1, 1, "0" * 64)
 
 
@@ -37,6 +37,7 @@ class ModelTask:
     not_before: float | None = None
     last_error: str | None = None
     error_code: str | None = None
+    lost_images: int = 0
     is_canceling: bool = False
 
 
@@ -94,6 +95,7 @@ class Model:
             return False
         task = self.tasks[claimed.id]
         task.status, task.attempts = end.status, task.attempts + end.counted
+        task.lost_images += end.has_lost_image
         task.not_before = end.not_before
         if end.status == "failed":
             task.error_code = end.outcome
@@ -181,6 +183,9 @@ def endings():
             lambda wait: Ending("upstream_error", "pending", error="e", not_before=wait)
         ),
         hold.map(lambda hold: Ending("unavailable", "pending", counted=False, hold=hold)),
+        st.sampled_from(("pending", "failed")).map(
+            lambda status: Ending("storage", status, counted=False, has_lost_image=True)
+        ),
         st.sampled_from((SHUTDOWN, CANCELED)),
     )
 
@@ -308,10 +313,10 @@ class Verbs(RuleBasedStateMachine):
             row = self.database.get(task.id)
             assert (
                 *(row.status, row.attempts, row.calls, row.not_before, row.last_error),
-                *(row.error_code, bool(row.canceling), row.model, row.priority),
+                *(row.error_code, bool(row.canceling), row.model, row.priority, row.lost_images),
             ) == (
                 *(task.status, task.attempts, task.calls, task.not_before, task.last_error),
-                *(task.error_code, task.is_canceling, task.model, task.priority),
+                *(task.error_code, task.is_canceling, task.model, task.priority, task.lost_images),
             )
         statuses = [task.status for task in self.model.tasks.values()]
         queue = self.database.queue(self.now)

@@ -1,5 +1,6 @@
-"""The folder of images: names that are on disk, or taken back, and room that is found by trying."""
+"""The folder of images: names that are on disk, or taken back, and what is wrong with it."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -27,15 +28,56 @@ def test_the_new_name_is_put_on_disk(tmp_path, monkeypatch):
     assert synced == [tmp_path]
 
 
-def test_room_is_found_by_trying(tmp_path, monkeypatch):
-    folder = tmp_path / "not yet"
-    assert outputs.has_room(folder, 10_000)
-    assert list(folder.iterdir()) == []
-    for number, found in ((28, False), (122, False), (5, True)):
-        error = OSError(number, "fault")
-        monkeypatch.setattr("outputs.os.posix_fallocate", lambda *args: raising(error))  # noqa: B023
-        assert outputs.has_room(folder, 10_000) is found
-        assert list(folder.iterdir()) == []
+def test_a_folder_is_checked_by_a_file_of_that_size_on_disk(tmp_path, monkeypatch):
+    folder, synced, sync = outputs.Folder(tmp_path / "not yet"), [], os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.fstat(file)) or sync(file))
+    folder.check(100_000)
+    (found,) = synced
+    assert (found.st_size, found.st_nlink) == (100_000, 0)
+    assert found.st_blocks * 512 >= 100_000
+    assert list((tmp_path / "not yet").iterdir()) == []
+
+
+FAULTS = {
+    errno.ENOSPC: ("no_room", "There is no room on the disk for the image"),
+    errno.EDQUOT: ("no_room", "There is no room on the disk for the image"),
+    errno.EIO: ("storage", "The images cannot be written to {} (Input/output error)"),
+    errno.EROFS: ("storage", "The images cannot be written to {} (Read-only file system)"),
+}
+
+
+@pytest.mark.parametrize("number", FAULTS)
+def test_what_is_wrong_with_a_folder_is_told(tmp_path, monkeypatch, number):
+    code, words = FAULTS[number]
+    fault = OSError(number, os.strerror(number))
+    monkeypatch.setattr("os.fsync", lambda file: raising(fault))
+    with pytest.raises(outputs.StorageError) as caught:
+        outputs.Folder(tmp_path).check()
+    assert (caught.value.code, str(caught.value)) == (code, words.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_place_of_the_folder_is_no_folder(tmp_path):
+    folder = outputs.Folder(tmp_path / "outputs")
+    (tmp_path / "outputs").write_text("in the way")
+    with pytest.raises(outputs.StorageError, match="Not a directory"):
+        folder.check()
+
+
+def test_a_folder_that_was_deleted_is_made_anew(tmp_path):
+    folder = outputs.Folder(tmp_path / "a" / "b")
+    folder.check()
+    (tmp_path / "a" / "b").rmdir()
+    (tmp_path / "a").rmdir()
+    folder.check()
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_taken_for_a_full_one(configure, monkeypatch):
+    config = configure(MIN_FREE_MB=1)
+    assert not outputs.is_low_on_disk(config)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: raising(OSError(errno.EIO, "fault")))
+    assert not outputs.is_low_on_disk(config)
 
 
 def raising(error):

@@ -1,5 +1,6 @@
 """The queue in one process: what runs when, and how every attempt ends."""
 
+import errno
 import itertools
 import os
 import socket
@@ -13,6 +14,7 @@ from queues import ever
 from upstream import Answer, closed_port, image_bytes, raw_server, refusal
 
 import images
+import outputs
 import worker as queue
 from chutes import Chutes
 from db import DatabaseError
@@ -284,9 +286,12 @@ def test_nothing_listening_holds_the_model_and_counts_no_attempt(make):
 def test_no_room_on_the_disk_holds_the_queue_until_there_is(make, upstream, monkeypatch):
     room = [0]
     full = OSError(28, "No space left on device")
+    no_room = outputs.StorageError(full, Path("outputs"))
     sync = os.fsync
     monkeypatch.setattr("chutes.os.fsync", lambda f: sync(f) if room[0] else raising(full))
-    monkeypatch.setattr("outputs.has_room", lambda folder, size: room[0] >= size)
+    monkeypatch.setattr(
+        outputs.Folder, "check", lambda folder, size: room[0] >= size or raising(no_room)
+    )
     q = make(CONCURRENCY=1, RETRY_BACKOFF=5).start()
     ids = [q.add(), q.add(model="x")]
     wait_until(lambda: q.db.hold(ALL_MODELS))
@@ -317,23 +322,106 @@ def raising(error):
     raise error
 
 
-def test_another_fault_of_the_disk_fails_the_task(make, upstream, monkeypatch):
-    monkeypatch.setattr("chutes.os.fsync", lambda file: raising(OSError(5, "Input/output error")))
-    q = make().start()
-    task = q.ended(q.add())
-    assert task.error_code == "storage"
-    assert "Input/output error" in task.error
-    assert str(q.config.output_dir) in task.error
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES])
+def test_another_fault_of_the_disk_holds_the_queue_and_says_so(make, upstream, monkeypatch, number):
+    faulty, sync = [True], os.fsync
+    fault = OSError(number, os.strerror(number))
+    monkeypatch.setattr("os.fsync", lambda file: raising(fault) if faulty else sync(file))
+    q = make(CONCURRENCY=1).start()
+    ids = [q.add(), q.add(model="x")]
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    reason = f"The images cannot be written to {q.config.output_dir} ({os.strerror(number)})"
+    for task_id in ids:
+        assert q.waits(task_id).startswith(f"{reason}; next try at ")
+    for _ in range(5):
+        q.clock.now += 60
+        wait_until(lambda: q.db.hold(ALL_MODELS).until > q.clock.now)
+    assert len(upstream.calls) == 1, "nothing is paid for that cannot be stored"
+    assert [q.task(task_id).attempts for task_id in ids] == [0, 0]
+    faulty.clear()
+    q.clock.now += 2
+    for task_id in ids:
+        assert q.until(task_id, status="completed").attempts == 1
 
 
-def test_a_folder_that_is_none_fails_the_task_and_frees_its_place(make, upstream):
-    q = make(CONCURRENCY=1)
+def test_a_folder_that_is_none_holds_the_queue_and_costs_nothing(make, upstream):
+    q = make(CONCURRENCY=3)
     q.config.output_dir.rmdir()
     q.config.output_dir.write_text("in the way")
     q.start()
-    ids = [q.add() for _ in range(3)]
-    assert [q.ended(task_id).error_code for task_id in ids] == ["storage"] * 3
-    assert upstream.calls == []
+    ids = [q.add() for _ in range(9)]
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    words = f"The images cannot be written to {q.config.output_dir} (Not a directory); next try at "
+    wait_until(lambda: all(q.waits(task_id).startswith(words) for task_id in ids))
+    for _ in range(5):
+        q.clock.now += 60
+        wait_until(lambda: q.db.hold(ALL_MODELS).until > q.clock.now)
+    assert {(q.task(task_id).status, q.task(task_id).attempts) for task_id in ids} == {
+        ("pending", 0)
+    }
+    assert (upstream.calls, q.db.queue(q.clock.now).calls_today) == ([], 0)
+    q.config.output_dir.unlink()
+    q.config.output_dir.mkdir()
+    q.clock.now += 2
+    for task_id in ids:
+        assert q.until(task_id, status="completed").attempts == 1
+
+
+def test_the_reason_is_always_that_of_the_last_look(make, monkeypatch):
+    q = make()
+    q.config.output_dir.rmdir()
+    q.config.output_dir.write_text("in the way")
+    task_id = q.add()
+    q.start()
+    wait_until(lambda: "(Not a directory)" in q.waits(task_id))
+    q.config.output_dir.unlink()
+    monkeypatch.setattr("os.fsync", lambda file: raising(OSError(errno.EIO, "Input/output error")))
+    q.clock.now += 2
+    wait_until(lambda: "(Input/output error)" in q.waits(task_id))
+
+
+def test_a_task_whose_images_are_lost_max_attempts_times_fails(make, upstream, monkeypatch):
+    lost, sync = [], outputs.sync_folder
+
+    def fail(path):
+        lost.append(path)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(outputs, "sync_folder", fail)
+    q = make(CONCURRENCY=1, MAX_ATTEMPTS=2).start()
+    ids = [q.add(), q.add()]
+    q.until(ids[0], lost_images=1, status="pending")
+    q.clock.now += 10
+    task = q.ended(ids[0])
+    assert (task.error_code, task.attempts, task.lost_images) == ("storage", 0, 2)
+    folder = q.config.output_dir
+    assert task.error == (
+        f"The images cannot be written to {folder} (Input/output error), "
+        "for 2 images of this task; mend that, then retry the task"
+    )
+    assert (len(upstream.calls), q.outcomes(), q.files()) == (2, ["storage"] * 2, [])
+    assert q.waits(ids[1]).startswith("The images cannot be written"), "the others wait"
+    monkeypatch.setattr(outputs, "sync_folder", sync)
+    q.clock.now += 20
+    assert q.until(ids[1], status="completed").lost_images == 0
+
+
+def test_a_disk_that_is_written_again_is_not_written_over_and_over(make, monkeypatch):
+    checks, check = [], outputs.Folder.check
+    monkeypatch.setattr(
+        outputs.Folder, "check", lambda self, size: checks.append(size) or check(self, size)
+    )
+    sync = os.fsync
+    full = [OSError(28, "No space left on device")]
+    monkeypatch.setattr("chutes.os.fsync", lambda f: raising(full.pop()) if full else sync(f))
+    q = make().start()
+    task_id = q.add()
+    wait_until(lambda: q.db.hold(ALL_MODELS))
+    q.worker.cancel(task_id)
+    for _ in range(5):
+        q.clock.now += 2
+        ever(lambda: False, looks=3)
+    assert checks == [len(image_bytes()) + 65536]
 
 
 def test_a_folder_that_was_removed_is_made_again(make):

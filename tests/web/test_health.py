@@ -54,6 +54,23 @@ def test_a_disk_under_the_floor_is_told(serve):
     problem_of(serve(MIN_FREE_MB=10**9).client, "MIN_FREE_MB")
 
 
+def test_a_folder_that_cannot_be_written_is_told_and_tasks_are_accepted_all_the_same(
+    client, upstream, tmp_path
+):
+    (tmp_path / "outputs").rmdir()
+    (tmp_path / "outputs").write_text("in the way")
+    folder = tmp_path / "outputs"
+    problem_of(client, f"The images cannot be written to {folder} (Not a directory)")
+    task_id = submit(client)
+    words = f"The images cannot be written to {folder} (Not a directory); next try at "
+    wait_until(
+        lambda: (client.get(f"/status/{task_id}").json["waiting_for"] or "").startswith(words)
+    )
+    folder.unlink()
+    assert finished(client, task_id)["status"] == "completed"
+    assert ready(client) == (200, [])
+
+
 def test_a_refused_token_is_told(client, upstream):
     upstream.decide = lambda fields: refusal(401, "Invalid token.")
     finished(client, submit(client))
