@@ -4,6 +4,7 @@ import bisect
 import fcntl
 import json
 import logging
+import mmap
 import os
 import shutil
 import sqlite3
@@ -43,16 +44,25 @@ _Values = Sequence[Any] | Mapping[str, Any]
 _SCRIPTS = Path(__file__).with_name("schema.sql").read_text().split("\n-- version ")[1:]
 _SCRIPTS = [script.partition("\n")[2] for script in _SCRIPTS]
 VERSION = len(_SCRIPTS)
+# The files of a database that is open: whoever opens it later must find the same ones.
+_SUFFIXES = ("", "-wal", "-shm")
+# A database that is not to be written any more, and why, in memory that is shared with the
+# processes forked from this one: none of them goes on until they all are started anew.
+_REFUSED = mmap.mmap(-1, 2 * mmap.PAGESIZE)
 
 log = logging.getLogger("db")
 
 
 class DatabaseError(Exception):
-    """The database could not do what was asked; nothing was changed."""
+    """The database could not do what was asked; nothing was changed.
 
-    def __init__(self, message: str, full: bool = False):
+    `is_final` is an error that stays until the server is started anew.
+    """
+
+    def __init__(self, message: str, full: bool = False, is_final: bool = False):
         super().__init__(message)
         self.full = full
+        self.is_final = is_final
 
 
 _FIELDS = [field.name for field in fields(Task)]
@@ -107,12 +117,15 @@ class Database:
 
     Every write is one transaction, on disk (fsync) when the method returns, under a
     lock that all processes share: SQLite before 3.51.3 can lose committed rows when
-    two connections write or checkpoint at the same instant.
+    two connections write or checkpoint at the same instant. Where the file that is open is no
+    longer the one at the path, or a statement has found it damaged, nothing is written until
+    the server is started anew.
     Open it after a fork, and close it in the same process. Raises DatabaseError.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self._paths = [Path(f"{path}{suffix}") for suffix in _SUFFIXES]
         self._writing = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
@@ -124,6 +137,7 @@ class Database:
                 self._writer = self._connect()
                 self._bring_up_to_date()
                 self._reader = self._connect()
+                self._files = list(map(_identity, self._paths))
         except BaseException:
             os.close(self._lock)
             raise
@@ -664,7 +678,7 @@ class Database:
             try:
                 yield
             except sqlite3.Error as error:
-                raise _ours(error, "written") from error
+                raise _plain_error(error, "written") from error
             finally:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
@@ -686,7 +700,7 @@ class Database:
                 self._writer.execute("RELEASE one")
             except sqlite3.Error as error:
                 self._undo(batch, error)
-                raise _ours(error, "written") from error
+                raise self._ours(error, "written") from error
             except BaseException as error:
                 self._undo(batch, error)
                 raise
@@ -696,19 +710,20 @@ class Database:
                     self._commit(batch)
         batch.done.wait()
         if batch.error:
-            raise _ours(batch.error, "written") from batch.error
+            raise self._ours(batch.error, "written") from batch.error
 
     def _join_batch(self) -> "_Batch":
         try:
             if self._batch is None:
                 fcntl.flock(self._lock, fcntl.LOCK_EX)
+                self._check_files()
                 self._writer.execute("BEGIN IMMEDIATE")
                 self._batch = _Batch()
             self._writer.execute("SAVEPOINT one")
             return self._batch
-        except sqlite3.Error as error:
+        except (sqlite3.Error, DatabaseError) as error:
             self._end_batch(error)
-            raise _ours(error, "written") from error
+            raise self._ours(error, "written") from error
 
     def _undo(self, batch: "_Batch", error: BaseException) -> None:
         """Undo what this writer did; where SQLite has undone all of the batch, tell the others."""
@@ -744,7 +759,38 @@ class Database:
                 finally:
                     self._reader.execute("COMMIT")
             except sqlite3.Error as error:
-                raise _ours(error, "read") from error
+                raise self._ours(error, "read") from error
+
+    def _check_files(self) -> None:
+        """Raise DatabaseError where what is written now would be lost at the next start."""
+        try:
+            is_there = list(map(_identity, self._paths)) == self._files
+        except OSError as error:
+            raise DatabaseError(f"{self.path} cannot be found: {error.strerror}") from error
+        if not is_there:
+            self._refuse("was deleted or replaced under the server")
+        if reason := self._refused():
+            raise DatabaseError(reason, is_final=True)
+
+    def _refuse(self, fact: str) -> None:
+        """Have no process write to this database any more; the first reason stays."""
+        if not self._refused():
+            advice = "stop the server, restore the file, and start it again"
+            text = f"{self.path}\0The database {self.path} {fact}: {advice}"
+            _REFUSED[:] = os.fsencode(text)[: len(_REFUSED)].ljust(len(_REFUSED), b"\0")
+
+    def _refused(self) -> str:
+        path, _, reason = _REFUSED[:].rstrip(b"\0").partition(b"\0")
+        return os.fsdecode(reason) if path == os.fsencode(self.path) else ""
+
+    def _ours(self, error: BaseException, done: str) -> DatabaseError:
+        """Return an error as ours; what is damaged is not written any more."""
+        if isinstance(error, DatabaseError):
+            return DatabaseError(str(error), error.full, error.is_final)
+        if _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            self._refuse(f"is damaged ({error})")
+            return DatabaseError(self._refused(), is_final=True)
+        return _plain_error(error, done)
 
 
 _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,
@@ -939,8 +985,22 @@ def stamp(now: float) -> str:
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _ours(error: BaseException, done: str) -> DatabaseError:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return DatabaseError(
-        f"The database cannot be {done}: {error}", full=code == sqlite3.SQLITE_FULL
-    )
+def _plain_error(error: BaseException, done: str) -> DatabaseError:
+    full = _code(error) == sqlite3.SQLITE_FULL
+    return DatabaseError(f"The database cannot be {done}: {error}", full)
+
+
+def _code(error: BaseException) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return the device and the inode of a file, or None where there is none.
+
+    It is not opened: that would drop SQLite's own locks on it.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino

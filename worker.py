@@ -144,8 +144,11 @@ class Worker:
 
     def is_run_by_any(self) -> bool:
         """Return whether some process, this one or another, runs the queue."""
-        with _QueueLock(self._config.database_path) as lock:
-            return not lock.acquire()
+        try:
+            with _QueueLock(self._config.database_path) as lock:
+                return not lock.acquire()
+        except OSError:  # Its folder is gone, too.
+            return False
 
     def drain(self) -> None:
         """Start no more calls; give those under way SHUTDOWN_GRACE seconds, then cancel them.

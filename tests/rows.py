@@ -71,6 +71,14 @@ def steps_taken(connections, work):
     return len(taken)
 
 
+def damage(path):
+    """Overwrite the second half of a database that nobody has open, as a bad disk may."""
+    half = path.stat().st_size // 8192 * 4096
+    with path.open("rb+") as file:
+        file.seek(half)
+        file.write(b"\xa5" * half)
+
+
 @contextmanager
 def _writing(path):
     """Open the database for one transaction, under the lock that all its writers share."""

@@ -4,6 +4,7 @@ import fcntl
 import multiprocessing
 import sqlite3
 import threading
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -470,6 +471,100 @@ def test_the_days_calls_are_counted_by_an_index(opened):
         database.queue(NOW)
     (sql,) = [sql for sql in statements if "FROM calls" in sql]
     assert any("COVERING INDEX calls_sent (started>?)" in step for step in plan(database, sql))
+
+
+# The file that the path names
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_written_to_a_file_that_the_next_start_will_not_find(
+    database, suffix, is_replaced
+):
+    add(database, "a")
+    file = Path(f"{database.path}{suffix}")
+    aside = file.rename(f"{file}.aside")
+    if is_replaced:
+        file.write_bytes(aside.read_bytes())
+    with pytest.raises(DatabaseError, match="was deleted or replaced under the server") as caught:
+        add(database, "b")
+    assert str(database.path) in str(caught.value) and caught.value.is_final
+    for write in (lambda: database.claim(NOW), database.check_writable, database.pause):
+        with pytest.raises(DatabaseError, match="was deleted or replaced"):
+            write()
+    aside.rename(file)
+    with pytest.raises(DatabaseError, match="was deleted or replaced"):
+        add(database, "b")
+    assert database.get("a") and not database.get("b")
+
+
+def test_a_file_that_cannot_be_looked_at_is_refused_only_as_long(database, monkeypatch):
+    stat = Path.stat
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", lambda path: raising(OSError(5, "Input/output error")))
+        with pytest.raises(DatabaseError, match="cannot be found: Input/output error"):
+            add(database, "a")
+    assert Path.stat is stat
+    add(database, "a")
+
+
+def raising(error):
+    raise error
+
+
+def test_what_a_statement_finds_damaged_is_not_written_any_more(tmp_path):
+    path = tmp_path / "tasks.sqlite3"
+    database = Database(path)
+    fill(database, 2000)
+    database.close()
+    rows.damage(path)
+    database = Database(path)
+    database.pause()
+    database.check_writable()
+    for work in (
+        lambda: database.list_tasks(None, None, None, 2000),
+        lambda: add(database, "a"),
+        database.check_writable,
+        database.pause,
+    ):
+        with pytest.raises(DatabaseError) as caught:
+            work()
+        assert caught.value.is_final
+        assert "is damaged (database disk image is malformed)" in str(caught.value)
+    database.close()
+
+
+def test_another_database_is_written_all_the_same(tmp_path):
+    paths = [tmp_path / name for name in ("a", "b")]
+    first, second = map(Database, paths)
+    paths[0].rename(tmp_path / "aside")
+    with pytest.raises(DatabaseError):
+        add(first, "a")
+    add(second, "a")
+    first.close()
+    second.close()
+
+
+def test_what_one_process_has_found_holds_for_all_that_are_forked_from_the_same(tmp_path):
+    path = tmp_path / "tasks.sqlite3"
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        assert "was deleted or replaced" in pool.submit(write_anew, path).result(60)
+    database = Database(path)
+    with pytest.raises(DatabaseError, match="was deleted or replaced"):
+        add(database, "a")
+    database.close()
+
+
+def write_anew(path):
+    """Open a database in a process of its own, delete it, and return what a write says."""
+    database = Database(path)
+    path.unlink()
+    try:
+        database.pause()
+    except DatabaseError as error:
+        return str(error)
+    finally:
+        database.close()
 
 
 def test_any_number_of_canceled_tasks_costs_a_retry_of_all_nothing(tmp_path):

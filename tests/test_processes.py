@@ -721,3 +721,40 @@ def test_a_broken_chunk_is_the_clients_fault(start):
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert "Traceback" not in server.log()
+
+
+def refused(server):
+    """Return whether every process refuses a task, and says that it is not ready, and why."""
+    answers = [server.request("POST", "/generate", {"prompt": "p"}) for _ in range(12)]
+    answers += [server.request("GET", "/readyz") for _ in range(12)]
+    return {(status, "the server" in answer["error"]) for status, _, answer in answers} == {
+        (503, True)
+    }
+
+
+@pytest.mark.parametrize("fault", ["deleted", "replaced"])
+def test_a_database_that_is_replaced_is_refused_by_all_until_the_server_is_started_anew(
+    start, upstream, fault
+):
+    server = start().ready()
+    runner = server.running()
+    server.all_end([server.submit()])
+    path, other = server.folder / "tasks.sqlite3", server.folder / "other.sqlite3"
+    Database(other).close()
+    aside = path.rename(server.folder / "aside.sqlite3")
+    if fault == "replaced":
+        other.rename(path)
+    assert refused(server)
+    # One that begins now opens whatever is there, but not for tasks.
+    server.send(signal.SIGKILL, runner)
+    wait_until(lambda: len(server.workers()) == 2 and runner not in server.workers())
+    wait_until(lambda: server.request("GET", "/healthz")[0] == 200)
+    assert refused(server)
+    server.kill_all()
+    aside.replace(path)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink()
+    again = start().ready()
+    (task,) = again.all_end([again.submit()])
+    assert task["status"] == "completed"
+    wait_until(lambda: again.request("GET", "/readyz")[0] == 200)

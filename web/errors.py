@@ -76,7 +76,9 @@ def _refusal(error: Exception, config: Config) -> Refusal:
         case DatabaseError():
             log.error("%s", error)
             advice = "Free some disk space" if error.full else "Look at the log"
-            sentence = f"{error}; nothing was changed. {advice}, then try again"
+            sentence = f"{error}; nothing was changed"
+            if not error.is_final:
+                sentence += f". {advice}, then try again"
             return Refusal(507 if error.full else 503, sentence, {"Retry-After": "10"})
         case HTTPException(code=int(status)):
             headers = {name: v for name, v in error.get_headers() if name != "Content-Type"}

@@ -6,7 +6,7 @@ from conftest import finished, submit, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import Answer, image_bytes, refusal
 
-from db import DatabaseError
+from db import Database, DatabaseError
 
 
 def ready(client):
@@ -48,6 +48,32 @@ def test_a_database_that_cannot_be_written_is_told(app, client, monkeypatch):
 
     monkeypatch.setattr(app.database, "check_writable", fail)
     problem_of(client, "The database cannot be written")
+
+
+@pytest.mark.parametrize("fault", ["deleted", "replaced", "damaged"])
+def test_with_another_database_than_the_next_start_will_find_nothing_is_accepted(
+    serve, tmp_path, fault
+):
+    path, whole = tmp_path / "tasks.sqlite3", tmp_path / "whole.sqlite3"
+    Database(path).close()
+    rows.insert(path, "tasks", (rows.task(f"t{n}", status="failed") for n in range(2000)))
+    whole.write_bytes(path.read_bytes())
+    if fault == "damaged":
+        rows.damage(path)
+    app = serve()
+    if fault == "deleted":
+        path.unlink()
+    elif fault == "replaced":
+        whole.rename(path)
+    app.client.get("/tasks?limit=200")
+    answer = app.client.post("/generate", json={"prompt": "p"})
+    assert answer.status_code == 503
+    assert int(answer.headers["Retry-After"]) > 0
+    assert str(path) in answer.json["error"]
+    assert "nothing was changed" in answer.json["error"]
+    problem = ready(app.client)[1][0]
+    assert (str(path) in problem, fault in problem) == (True, True)
+    assert ready(app.client)[0] == 503
 
 
 def test_a_disk_under_the_floor_is_told(serve):
