@@ -84,6 +84,15 @@ def image_path(config: Config, task: Task) -> Path:
     return path if path.exists() else config.output_dir / path.name
 
 
+def whole_image_path(config: Config, task: Task) -> Path | None:
+    """Return where a completed task's image is, or None where it is gone or cut short."""
+    try:
+        path = image_path(config, task)
+        return path if path.stat().st_size == task.bytes else None
+    except OSError:
+        return None
+
+
 def thumbnail_path(config: Config, task_id: str) -> Path:
     """Return where the thumbnail of a task's image is kept."""
     return config.output_dir / "thumbnails" / f"{task_id}.webp"

@@ -11,7 +11,7 @@ from flask import Blueprint, Response, g, request, send_file
 
 import outputs
 from images import ImageError
-from outputs import image_path, thumbnail_path
+from outputs import thumbnail_path, whole_image_path
 from records import Task
 from web.errors import Refusal
 from web.openapi import operation
@@ -49,9 +49,12 @@ def image(name: str) -> Response:
     """Fetch the picture; /images/{id}.png, or what its ending is, is the same."""
     task_id, dot, extension = name.partition(".")
     task = _completed(task_id, query(ImageQuery).wait)
-    path = image_path(service.config, task)
-    if dot and path.suffix != f".{extension}":
-        raise Refusal(404, f"The picture of this task is {path.name}")
+    made = Path(task.file_path or "")
+    if dot and made.suffix != f".{extension}":
+        raise Refusal(404, f"The picture of this task is {made.name}")
+    path = whole_image_path(service.config, task)
+    if path is None:
+        raise _gone(task)
     return _send(path, task, path, task.content_type, task.sha256)
 
 
@@ -60,8 +63,8 @@ def image(name: str) -> Response:
 def thumbnail(task_id: str) -> Response:
     """Fetch a picture of at most 512 pixels a side."""
     task = _completed(task_id)
-    original = image_path(service.config, task)
-    if not original.exists():
+    original = whole_image_path(service.config, task)
+    if original is None:
         raise _gone(task)
     kept = thumbnail_path(service.config, task.id)
     try:
@@ -138,5 +141,6 @@ def _part_asked_for(size: int) -> str | None:
 
 
 def _gone(task: Task) -> Refusal:
-    sentence = "The picture was made, but its file is no longer there; retry the task to make one"
+    fact = "The picture was made, but its file is no longer there, or no longer whole"
+    sentence = f"{fact}; retry the task to make one"
     return Refusal(410, sentence, status=task.status)

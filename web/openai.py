@@ -10,7 +10,7 @@ from typing import IO
 
 from flask import Blueprint, Response, g, request
 
-from outputs import image_path
+from outputs import whole_image_path
 from records import Task
 from web import answers, schemas
 from web.errors import Refusal
@@ -90,11 +90,15 @@ def _wait(ids: list[str], until: float) -> list[Task | None]:
 
 def _images(tasks: list[Task], base: str | None, held: ExitStack) -> Response:
     """Answer with the images, held open, as addresses below the base; in base64 without one."""
-    paths = [image_path(service.config, task) for task in tasks]
+    found = (whole_image_path(service.config, task) for task in tasks)
+    paths = [path for path in found if path]
     try:
         files = [held.enter_context(path.open("rb")) for path in paths]
-    except OSError as error:
-        raise Refusal(410, "The picture was made, but its file is no longer there") from error
+    except OSError:
+        files = []
+    if len(files) < len(tasks):
+        fact = "The picture was made, but its file is no longer there, or no longer whole"
+        raise Refusal(410, fact)
     if base is None:
         return _in_base64(files)
     data = [

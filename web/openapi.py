@@ -42,7 +42,7 @@ _ERRORS = {
     404: "There is no such task",
     405: "Another method is needed",
     409: "The task is in another state",
-    410: "The picture's file is no longer there",
+    410: "The picture's file is no longer there, or no longer whole",
     413: "The body is larger than 1 MiB",
     415: "The body is declared as something other than JSON",
     416: "The range is beyond the end of the picture",

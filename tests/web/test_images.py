@@ -157,9 +157,30 @@ def test_a_picture_deleted_by_hand_is_gone(client, made, caplog, path):
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize("path", ["/images/{}", "/images/{}.jpg", "/images/{}/thumbnail"])
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_picture_that_is_not_as_long_as_it_was_is_gone_too(client, made, path, change):
+    task, data = made
+    path = path.format(task["id"])
+    etag = client.get(path).headers["ETag"]
+    Path(task["file_path"]).write_bytes((data + b"x")[: len(data) + change])
+    for headers in ({}, {"Range": "bytes=0-9"}, {"If-None-Match": etag}):
+        answer = client.get(path, headers=headers)
+        assert (answer.status_code, answer.json["status"]) == (410, "completed")
+        assert "no longer whole" in answer.json["error"]
+        assert "ETag" not in answer.headers
+
+
+@pytest.mark.parametrize("path", ["/images/{}", "/images/{}.jpg", "/images/{}/thumbnail"])
+def test_a_picture_in_a_folder_that_is_none_is_gone(client, made, tmp_path, path):
+    (tmp_path / "outputs").rename(tmp_path / "elsewhere")
+    (tmp_path / "outputs").write_text("in the way")
+    assert client.get(path.format(made[0]["id"])).status_code == 410
+
+
 def test_a_picture_spoiled_by_hand_has_no_thumbnail(client, made):
     task, data = made
-    Path(task["file_path"]).write_bytes(data[:100])
+    Path(task["file_path"]).write_bytes(bytes(len(data)))
     assert client.get(f"/images/{task['id']}/thumbnail").status_code == 410
 
 

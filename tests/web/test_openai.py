@@ -1,7 +1,9 @@
 """The routes in OpenAI's form, as any client sees them."""
 
 import base64
+import os
 import re
+from pathlib import Path
 
 import pytest
 from conftest import KEYS, submit
@@ -101,12 +103,13 @@ def test_a_replay_needs_no_room_in_the_queue_or_on_the_disk(serve):
 
 
 @pytest.mark.parametrize("form", ["b64_json", "url"])
-def test_a_picture_whose_file_is_gone_is_said_to_be(client, tmp_path, form):
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 9)])
+def test_a_picture_whose_file_is_gone_or_cut_short_is_said_to_be(client, tmp_path, form, change):
     headers = {"Idempotency-Key": "k"}
     body = {"prompt": "p", "response_format": form}
     assert client.post("/v1/images/generations", json=body, headers=headers).status_code == 200
     (file,) = (tmp_path / "outputs").glob("*.png")
-    file.unlink()
+    change(file)
     answer = client.post("/v1/images/generations", json=body, headers=headers)
     assert answer.status_code == 410
     assert "no longer there" in answer.json["error"]["message"]
