@@ -313,9 +313,13 @@ class Database:
                 _set_hold(connection, end.hold, task, now)
             _end_probe(connection, task, end)
             if end.pause_reason:
+                # A pause by a person stays one, but what failed then is told at its end, too.
                 connection.execute(
-                    "UPDATE queue SET paused = 1, pause_reason = ? WHERE NOT paused",
-                    (end.pause_reason,),
+                    """UPDATE queue SET
+                         paused = 1, pause_reason = iif(paused, pause_reason, :reason),
+                         pause_code = :code,
+                         failed_meanwhile = 1 + iif(pause_code = :code, failed_meanwhile, 0)""",
+                    {"reason": end.pause_reason, "code": end.outcome},
                 )
             return True
 
@@ -530,9 +534,19 @@ class Database:
         """Start no call any more, until `resume`."""
         self._run("UPDATE queue SET paused = 1, pause_reason = NULL")
 
-    def resume(self) -> None:
-        """End a pause, whoever began it."""
-        self._run("UPDATE queue SET paused = 0, pause_reason = NULL")
+    def resume(self) -> tuple[int, str | None]:
+        """End a pause, whoever began it.
+
+        Returns how many tasks failed since the last one by what the queue paused itself for,
+        and their error_code.
+        """
+        with self._write() as connection:
+            (found,) = connection.rows("SELECT failed_meanwhile, pause_code FROM queue")
+            connection.execute(
+                """UPDATE queue SET paused = 0, pause_reason = NULL,
+                     pause_code = NULL, failed_meanwhile = 0"""
+            )
+            return found[0], found[1]
 
     def delay_hold(self, model: str, until: float, reason: str) -> None:
         """Let a hold last until then, for this reason, unless a task probes it."""

@@ -140,3 +140,7 @@ UPDATE calls SET sent = 0 WHERE outcome = 'unavailable' AND http_status IS NULL;
 CREATE INDEX calls_sent ON calls (started, sent) WHERE sent;
 
 ALTER TABLE tasks ADD COLUMN lost_images INTEGER NOT NULL DEFAULT 0;
+
+-- What has failed by the cause of a pause of the queue's own, until a resume.
+ALTER TABLE queue ADD COLUMN pause_code TEXT;
+ALTER TABLE queue ADD COLUMN failed_meanwhile INTEGER NOT NULL DEFAULT 0;

@@ -156,6 +156,13 @@ class Queue(Answer):
     quota: Quota | None
 
 
+class Resumed(Queue):
+    """How the queue stands, and what failed since the last resume by the cause of the pause."""
+
+    failed_meanwhile: Annotated[int, Field(ge=0)]
+    retry: Annotated[str | None, Field(description="what to POST to, to retry those tasks")]
+
+
 class Health(Answer):
     """The process lives."""
 

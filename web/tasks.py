@@ -124,12 +124,13 @@ def pause() -> Response:
 
 
 @bp.post("/queue/resume")
-@operation(answers.Queue, errors=(507,))
+@operation(answers.Resumed, errors=(507,))
 def resume() -> Response:
     """Go on."""
-    service.database.resume()
+    failed, code = service.database.resume()
     service.worker.wake()
-    return _queue().response()
+    retry = f"/tasks/retry?error_code={code}" if failed else None
+    return answers.Resumed.of(_queue(), failed_meanwhile=failed, retry=retry).response()
 
 
 def _retry_failed(code: str | None) -> int:

@@ -534,7 +534,54 @@ def test_a_paused_queue_starts_nothing_until_it_is_resumed(client, upstream):
     assert upstream.calls == []
     answer = client.post("/queue/resume")
     assert (answer.status_code, answer.json["paused"]) == (200, False)
+    assert (answer.json["failed_meanwhile"], answer.json["retry"]) == (0, None)
+    assert list(answer.json) == [*client.get("/queue").json, "failed_meanwhile", "retry"]
     assert finished(client, task_id)["status"] == "completed"
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "upstream_auth"), (402, "upstream_payment")])
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_resume_tells_what_failed_meanwhile_and_how_to_retry_it(
+    serve, upstream, status, code, is_restarted
+):
+    upstream.gate.clear()
+    upstream.decide = lambda fields: refusal(status, "no")
+    app = serve(CONCURRENCY=3)
+    ids = [submit(app.client) for _ in range(5)]
+    wait_until(lambda: upstream.at_once == 3)
+    app.database.pause()  # A person is first, and finds that much under way.
+    upstream.gate.set()
+    assert [finished(app.client, task_id)["error_code"] for task_id in ids[:3]] == [code] * 3
+    upstream.decide = lambda fields: Answer()
+    if is_restarted:
+        app.restart()
+    answer = app.client.post("/queue/resume").json
+    retry = f"/tasks/retry?error_code={code}"
+    assert (answer["failed_meanwhile"], answer["retry"]) == (3, retry)
+    assert app.client.post(answer["retry"]).json == {"retried": 3}
+    assert finished(app.client, ids[4])["status"] == "completed"
+    answer = app.client.post("/queue/resume").json
+    assert (answer["failed_meanwhile"], answer["retry"]) == (0, None)
+
+
+def test_what_failed_before_a_restart_with_a_token_that_is_right_is_told_too(app, upstream):
+    upstream.decide = lambda fields: refusal(401, "Invalid token.")
+    finished(app.client, submit(app.client))
+    upstream.decide = lambda fields: Answer()
+    app.restart()
+    assert finished(app.client, submit(app.client))["status"] == "completed"
+    answer = app.client.post("/queue/resume").json
+    assert (answer["failed_meanwhile"], answer["retry"]) == (
+        1,
+        "/tasks/retry?error_code=upstream_auth",
+    )
+
+
+def test_a_model_that_the_token_may_not_use_is_no_cause_of_a_pause(client, upstream):
+    upstream.decide = lambda fields: refusal(403, "no")
+    assert finished(client, submit(client))["error_code"] == "upstream_auth"
+    answer = client.post("/queue/resume").json
+    assert (answer["failed_meanwhile"], answer["retry"]) == (0, None)
 
 
 def test_a_pause_outlives_a_restart(app, upstream):
