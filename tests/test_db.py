@@ -467,7 +467,7 @@ def test_what_is_no_longer_pending_has_the_place_that_it_had(database):
 
 def test_the_days_calls_are_counted_by_an_index(opened):
     database, connections = opened
-    with traced(connections) as statements:
+    with rows.traced(connections) as statements:
         database.queue(NOW)
     (sql,) = [sql for sql in statements if "FROM calls" in sql]
     assert any("COVERING INDEX calls_sent (started>?)" in step for step in plan(database, sql))
