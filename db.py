@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import node
 from records import (
     ALL_MODELS,
     CANCELED,
@@ -65,6 +66,7 @@ class DatabaseError(Exception):
         self.is_final = is_final
 
 
+_NO_FACTS = dict.fromkeys(("content_type", "bytes", "width", "height", "sha256"))
 _FIELDS = [field.name for field in fields(Task)]
 _COLUMNS = ", ".join(_FIELDS)
 _PARAMS = _FIELDS.index("params")
@@ -135,9 +137,13 @@ class Database:
         try:
             with self._alone():
                 self._writer = self._connect()
-                self._bring_up_to_date()
-                self._reader = self._connect()
-                self._files = list(map(_identity, self._paths))
+                try:
+                    self._bring_up_to_date()
+                    self._reader = self._connect()
+                    self._files = list(map(_identity, self._paths))
+                except BaseException:
+                    self._writer.close()
+                    raise
         except BaseException:
             os.close(self._lock)
             raise
@@ -470,13 +476,39 @@ class Database:
                 connection.executemany("DELETE FROM calls WHERE task = ? AND number = ?", orphans)
         return rows[-1][:3] if rows else None
 
-    def pending_deletions(self, limit: int = 1000) -> list[str]:
-        """Return some deleted tasks whose files may still be there, each time others."""
-        return self._column("SELECT id FROM removals ORDER BY random() LIMIT ?", (limit,))
+    def pending_deletions(self, limit: int = 1000) -> list[tuple[str, str | None]]:
+        """Return some deleted tasks whose files may still be there, each time others.
+
+        Each is an id and a `file_path`.
+        """
+        sql = "SELECT id, file_path FROM removals ORDER BY random() LIMIT ?"
+        return self._fetch(sql, (limit,))
 
     def files_deleted(self, id: str) -> None:
         """Note that the files of a deleted task have gone."""
         self._run("DELETE FROM removals WHERE id = ?", (id,))
+
+    def file_paths(self, name: str) -> list[str]:
+        """Return each `file_path` of the Node server's tasks whose last part is this name."""
+        return self._column(
+            """SELECT file_path FROM tasks INDEXED BY tasks_taken_over
+               WHERE calls = 0 AND file_path IS NOT NULL AND :name =
+                 substr(file_path, length(rtrim(file_path, replace(file_path, '/', ''))) + 1)""",
+            {"name": name},
+        )
+
+    def keep_image_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note what the files of completed tasks show, by their ids, where nothing is known yet.
+
+        Of a file that is no whole image, its `bytes` alone.
+        """
+        with self._write() as connection:
+            connection.executemany(
+                """UPDATE tasks SET content_type = :content_type, bytes = :bytes, width = :width,
+                     height = :height, sha256 = :sha256
+                   WHERE id = :id AND status = 'completed' AND sha256 IS NULL""",
+                [{"id": id, **_NO_FACTS, **found} for id, found in facts.items()],
+            )
 
     def queue(self, now: float) -> Queue:
         """Read how the queue stands, at one instant."""
@@ -647,26 +679,41 @@ class Database:
                 f"{self.path} was made by a newer version of this server: "
                 "update it, or name another file in DATABASE_PATH"
             )
-        if version:
+        is_new = not version and not self._writer.rows("SELECT 1 FROM sqlite_schema")
+        scripts = _SCRIPTS if is_new else self._steps(version)
+        if not is_new:
             self._copy(version)
-        elif self._writer.rows("SELECT 1 FROM sqlite_schema"):
+        self._writer.executescript(
+            f"BEGIN IMMEDIATE; {''.join(scripts)} PRAGMA user_version = {VERSION}; COMMIT"
+        )
+
+    def _steps(self, version: int) -> list[str]:
+        """Return what makes today's tables of that version's, or of the Node server's table."""
+        if version:
+            return _SCRIPTS[version:]
+        rows = self._writer.rows("SELECT name FROM pragma_table_info('tasks')")
+        columns = {name.lower() for (name,) in rows}
+        if "seq" in columns or not columns >= node.KEYS:
             raise DatabaseError(
                 f"{self.path} was made by another program: "
                 "move it away, or name another file in DATABASE_PATH"
             )
-        scripts = "".join(_SCRIPTS[version:])
-        self._writer.executescript(
-            f"BEGIN IMMEDIATE; {scripts} PRAGMA user_version = {VERSION}; COMMIT"
-        )
+        encoding = self._writer.rows("PRAGMA encoding")[0][0]
+        for name, function in node.functions(encoding).items():
+            self._writer.create_function(name, 1, function)
+        return [node.SET_ASIDE, _SCRIPTS[0], node.TAKE_OVER, *_SCRIPTS[1:]]
 
     def _copy(self, version: int) -> None:
-        """Keep the database as it is, beside it, where there is room for two of them."""
+        """Keep the database as it is, beside it, where there is room for two of them.
+
+        A copy that is there is of the same tables, and older.
+        """
         copy = Path(f"{self.path}.version-{version}")
-        if copy.exists() or shutil.disk_usage(copy.parent).free < 2 * self.path.stat().st_size:
-            log.warning("%s is not copied before it is brought up to date", self.path)
-            return
         part = Path(f"{copy}.part")
         part.unlink(missing_ok=True)
+        if shutil.disk_usage(copy.parent).free < 2 * self.path.stat().st_size:
+            log.warning("%s is not copied before it is brought up to date", self.path)
+            return
         self._writer.execute("VACUUM INTO ?", (str(part),))
         part.replace(copy)
         log.info("%s is brought up to date; %s is as it was", self.path, copy)
@@ -869,7 +916,7 @@ def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -
              sha256 = :sha256, updated_at = :stamp, finished_at = :finished_at
            WHERE id = :id AND status = 'processing' AND calls = :calls""",
         {
-            **dict.fromkeys(("content_type", "bytes", "width", "height", "sha256")),
+            **_NO_FACTS,
             **facts,
             "status": end.status,
             "counted": end.counted,
@@ -915,11 +962,12 @@ def _set_hold(connection: _Connection, hold: NewHold, task: Task, now: float) ->
 
 
 def _delete(connection: _Connection, task_id: str, limits_since: float) -> bool:
-    sql = "DELETE FROM tasks WHERE id = ? AND status != 'processing'"
-    if not connection.execute(sql, (task_id,)).rowcount:
+    sql = "DELETE FROM tasks WHERE id = ? AND status != 'processing' RETURNING id, file_path"
+    deleted = connection.rows(sql, (task_id,))
+    if not deleted:
         return False
     connection.execute("DELETE FROM calls WHERE task = ? AND started < ?", (task_id, limits_since))
-    connection.execute("INSERT OR IGNORE INTO removals (id) VALUES (?)", (task_id,))
+    connection.execute("INSERT OR IGNORE INTO removals (id, file_path) VALUES (?, ?)", deleted[0])
     return True
 
 

@@ -1,12 +1,15 @@
 """The folder of images: its names, how a file gets one and loses it, and whether it takes one."""
 
 import errno
+import hashlib
 import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from config import Config
@@ -79,9 +82,14 @@ def part_path(config: Config, task_id: str) -> Path:
 
 
 def image_path(config: Config, task: Task) -> Path:
-    """Return where a task's image is: where it was put, or in a folder that has moved."""
-    path = Path(task.file_path or "")
-    return path if path.exists() else config.output_dir / path.name
+    """Return where a task's image is in OUTPUT_DIR: where it was put, or in one that has moved.
+
+    Raises FileNotFoundError where it is not there, or only by a link.
+    """
+    path = _find(config, task.file_path)
+    if path is None:
+        raise FileNotFoundError(errno.ENOENT, "not in OUTPUT_DIR", task.file_path)
+    return path
 
 
 def whole_image_path(config: Config, task: Task) -> Path | None:
@@ -95,12 +103,12 @@ def whole_image_path(config: Config, task: Task) -> Path | None:
 
 def thumbnail_path(config: Config, task_id: str) -> Path:
     """Return where the thumbnail of a task's image is kept."""
-    return config.output_dir / "thumbnails" / f"{task_id}.webp"
+    return config.output_dir / "thumbnails" / f"{_stem(task_id)}.webp"
 
 
 def finished_paths(config: Config, task_id: str) -> Iterator[Path]:
     """Yield the files that bear a final name of the task's image."""
-    return filter(Path.exists, _final_paths(config, task_id))
+    return filter(_is_file, _final_paths(config, task_id))
 
 
 def publish(part: Path, target: Path, extension: str) -> Path:
@@ -129,14 +137,64 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
-def remove(config: Config, task_id: str) -> None:
-    """Remove a task's image and thumbnail. Raises OSError where one stays."""
-    for path in (*_final_paths(config, task_id), thumbnail_path(config, task_id)):
-        path.unlink(missing_ok=True)
+def remove(
+    config: Config,
+    task_id: str,
+    file_path: str | None,
+    file_paths: Callable[[str], Iterable[str]],
+) -> None:
+    """Remove a task's image and thumbnail. Raises OSError where one stays.
+
+    `file_paths` are those of other tasks, by the name of their files: what they name stays.
+    """
+    paths = [*_final_paths(config, task_id), thumbnail_path(config, task_id)]
+    if image := _find(config, file_path):
+        paths.append(image)
+    for path in paths:
+        others = (_find(config, other) for other in file_paths(path.name))
+        if not any(_is_same(path, other) for other in others):
+            path.unlink(missing_ok=True)
 
 
 def _final_paths(config: Config, task_id: str) -> list[Path]:
-    return [config.output_dir / f"{task_id}.{extension}" for extension in EXTENSIONS]
+    return [config.output_dir / f"{_stem(task_id)}.{extension}" for extension in EXTENSIONS]
+
+
+def _stem(task_id: str) -> str:
+    """Return how a task's files are named: as its id, if that can be the name of a file."""
+    if re.fullmatch(r"[\w.-]{1,100}", task_id, re.ASCII):
+        return task_id
+    return hashlib.sha256(task_id.encode()).hexdigest()
+
+
+def _find(config: Config, file_path: str | None) -> Path | None:
+    """Return the file in OUTPUT_DIR that a row means, which no link below that leads to.
+
+    A relative path is one beside OUTPUT_DIR, as in `outputs/name.png`.
+    """
+    folder = config.output_dir
+    there = Path(os.path.normpath(folder.parent / file_path)) if file_path else folder
+    for top, path in ((Path(os.path.normpath(folder)), there), (folder, folder / there.name)):
+        if path.is_relative_to(top) and _is_file(path) and not _is_linked(path, top):
+            return path
+    return None
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether it is a file itself: no link, and nothing that an open could wait for."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):  # No name for a file.
+        return False
+
+
+def _is_linked(path: Path, top: Path) -> bool:
+    folders = path.relative_to(top).parents[:-1]
+    return any((top / folder).is_symlink() for folder in folders)
+
+
+def _is_same(path: Path, other: Path | None) -> bool:
+    return other is not None and os.path.normpath(path) == os.path.normpath(other)
 
 
 def sync_folder(path: Path) -> None:

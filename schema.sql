@@ -144,3 +144,11 @@ ALTER TABLE tasks ADD COLUMN lost_images INTEGER NOT NULL DEFAULT 0;
 -- What has failed by the cause of a pause of the queue's own, until a resume.
 ALTER TABLE queue ADD COLUMN pause_code TEXT;
 ALTER TABLE queue ADD COLUMN failed_meanwhile INTEGER NOT NULL DEFAULT 0;
+
+-- The file of a deleted task: of the Node server's tasks it may have another name than the id.
+ALTER TABLE removals ADD COLUMN file_path TEXT;
+
+-- The Node server's tasks, by the names of their files: a completed task of ours had a call.
+CREATE INDEX tasks_taken_over
+  ON tasks (substr(file_path, length(rtrim(file_path, replace(file_path, '/', ''))) + 1))
+  WHERE calls = 0 AND file_path IS NOT NULL;

@@ -130,7 +130,7 @@ class Worker:
         if not self._db.delete(task.id, self._limits_since()):
             return False
         self.waiters.ended(task.id)
-        self._delete_files(task)
+        self._finish_deletion(task.id, task.file_path)
         return True
 
     def check_folder(self) -> None:
@@ -317,11 +317,11 @@ class Worker:
             before = now - self._config.retention_days * 86400
             if retired := self._db.purge(before, _PURGE_STEP, self._limits_since()):
                 for task in retired:
-                    self._delete_files(task)
+                    self._finish_deletion(task.id, task.file_path)
                 log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
                 return True
-        for task_id in self._db.pending_deletions(_PURGE_STEP):
-            self._finish_deletion(task_id)
+        for task_id, file_path in self._db.pending_deletions(_PURGE_STEP):
+            self._finish_deletion(task_id, file_path)
         if last := self._db.purge_calls(self._last_purged_call, self._limits_since()):
             self._last_purged_call = last
             return True
@@ -350,15 +350,9 @@ class Worker:
             if running := self._running.get(task_id):
                 running[1].cancel("canceled")
 
-    def _delete_files(self, task: Task) -> None:
-        if task.file_path:
-            with suppress(OSError):  # It may be in a folder that was OUTPUT_DIR before.
-                Path(task.file_path).unlink(missing_ok=True)
-        self._finish_deletion(task.id)
-
-    def _finish_deletion(self, task_id: str) -> None:
+    def _finish_deletion(self, task_id: str, file_path: str | None) -> None:
         try:
-            outputs.remove(self._config, task_id)
+            outputs.remove(self._config, task_id, file_path, self._db.file_paths)
         except OSError:
             log.exception("a file stays; its removal is tried again", extra={"task": task_id})
             return
@@ -494,8 +488,8 @@ class Worker:
         now = self._clock()
         self._db.clamp_future_times(now, MAX_BACKOFF)
         self._db.reset_run_state(self._config.max_attempts, now)
-        for task_id in self._db.pending_deletions():
-            self._finish_deletion(task_id)
+        for task_id, file_path in self._db.pending_deletions():
+            self._finish_deletion(task_id, file_path)
         for task in self._db.orphans():
             self._finish(task, self._orphan_ending(task))
 

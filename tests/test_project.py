@@ -30,7 +30,7 @@ LAYERS = [
     {"web.answers", "web.schemas"},
     {"worker"},
     {"db", "chutes", "outputs", "waiters"},
-    {"images", "config"},
+    {"images", "config", "node"},
     {"records", "redact", "logs", "doorbell"},
 ]
 OURS = {

@@ -95,10 +95,10 @@ def test_removals_that_fail_do_not_stop_the_others(make, clock):
 
     def is_gone_in_a_minute():
         clock.now += 61
-        return "last" not in q.db.pending_deletions()
+        return "last" not in dict(q.db.pending_deletions())
 
     wait_until(is_gone_in_a_minute)
-    assert set(q.db.pending_deletions()) == set(stuck)
+    assert set(dict(q.db.pending_deletions())) == set(stuck)
 
 
 def test_what_waits_is_not_removed_however_old(make, clock):

@@ -71,7 +71,7 @@ class Image(Answer):
 class Task(Answer):
     """How a task stands."""
 
-    id: _Id
+    id: str
     prompt: str
     status: Status
     file_path: str | None

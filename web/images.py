@@ -47,14 +47,14 @@ def _bytes(*content_types: str) -> dict[int, dict[str, Any]]:
 @operation(_bytes(*_TYPES), errors=(409, 410, 416), query=ImageQuery, headers=_RANGE)
 def image(name: str) -> Response:
     """Fetch the picture; /images/{id}.png, or what its ending is, is the same."""
-    task_id, dot, extension = name.partition(".")
+    # The Node server's ids may have dots.
+    is_id = "." not in name or service.database.get(name)
+    task_id, dot, extension = (name, "", "") if is_id else name.rpartition(".")
     task = _completed(task_id, query(ImageQuery).wait)
     made = Path(task.file_path or "")
     if dot and made.suffix != f".{extension}":
         raise Refusal(404, f"The picture of this task is {made.name}")
-    path = whole_image_path(service.config, task)
-    if path is None:
-        raise _gone(task)
+    path = _path(task)
     return _send(path, task, path, task.content_type, task.sha256)
 
 
@@ -63,9 +63,7 @@ def image(name: str) -> Response:
 def thumbnail(task_id: str) -> Response:
     """Fetch a picture of at most 512 pixels a side."""
     task = _completed(task_id)
-    original = whole_image_path(service.config, task)
-    if original is None:
-        raise _gone(task)
+    original = _path(task)
     kept = thumbnail_path(service.config, task.id)
     try:
         data = _kept(kept) or service.decoder.thumbnail(original)
@@ -82,6 +80,10 @@ def _completed(task_id: str, wait: int = 0) -> Task:
     """Return the task, or refuse its image: it is not there yet, or never will be."""
     task = get_task_or_404(task_id, wait)
     if task.status == "completed":
+        (task,) = service.with_image_facts([task])
+        if task.sha256 is None:
+            sentence = "The file of this picture is not in OUTPUT_DIR, or is no whole image"
+            raise Refusal(410, f"{sentence}; retry the task to make one", status=task.status)
         return task
     if task.status == "failed":
         sentence = f"The task has failed: {task.error}"
@@ -89,6 +91,13 @@ def _completed(task_id: str, wait: int = 0) -> Task:
     seconds = _RETRY_SECONDS_INSTEAD_OF_WAIT if "wait" in request.args else _RETRY_SECONDS
     headers = {"Retry-After": str(1 if g.waited else seconds)}
     raise Refusal(503, f"The picture is not there yet: {task.status}", headers, status=task.status)
+
+
+def _path(task: Task) -> Path:
+    path = whole_image_path(service.config, task)
+    if path is None:
+        raise _gone(task)
+    return path
 
 
 def _kept(path: Path) -> bytes | None:
@@ -110,16 +119,20 @@ def _keep(path: Path, data: bytes) -> None:
 def _send(
     file: Path | io.BytesIO, task: Task, name: Path, content_type: str | None, etag: str | None
 ) -> Response:
+    # The Node server's files may be named in any way, and a header holds no such name.
+    plain_name = re.sub(r"[^\w.-]", "_", name.name, flags=re.ASCII)
     try:
         size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
         part = _part_asked_for(size)
         request.environ.pop("HTTP_RANGE", None)
         if part:
             request.environ["HTTP_RANGE"] = part
-        response = send_file(file, content_type, conditional=True, etag=etag or True)
+        response = send_file(
+            file, content_type, download_name=plain_name, conditional=True, etag=etag or True
+        )
     except FileNotFoundError as error:
         raise _gone(task) from error
-    response.headers["Content-Disposition"] = f'inline; filename="{name.name}"'
+    response.headers["Content-Disposition"] = f'inline; filename="{plain_name}"'
     response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response

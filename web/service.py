@@ -1,19 +1,22 @@
 """What a request may ask of the server: its settings, its database, its worker and its helpers."""
 
+import logging
 import time
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from flask import Response, after_this_request, current_app
 from werkzeug.local import LocalProxy
 
 from config import Config
-from db import Database
-from images import Decoder
-from outputs import is_low_on_disk
-from records import IdempotencyKey, LowOnDisk, NewTask
+from db import Database, DatabaseError
+from images import Decoder, ImageError
+from outputs import image_path, is_low_on_disk
+from records import IdempotencyKey, LowOnDisk, NewTask, Task
 from web.access import Signer
 from worker import Worker
+
+log = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,35 @@ class Service:
         if ids != [task.id for task in tasks]:
             after_this_request(_mark_replay)
         return ids
+
+    def with_image_facts(self, tasks: list[Task]) -> list[Task]:
+        """Return the tasks, and of those of the Node server what the files of their images show.
+
+        A file is read once: what it shows is kept. Without a `sha256` there is no whole image.
+        """
+        unread = [task for task in tasks if task.status == "completed" and task.sha256 is None]
+        read = {task.id: facts for task in unread if (facts := self._read_image(task))}
+        if not read:
+            return tasks
+        try:
+            self.database.keep_image_facts(read)
+        except DatabaseError as error:
+            log.warning("what the files of images show is not kept: %s", error)
+        return [replace(task, **read.get(task.id, {})) for task in tasks]
+
+    def _read_image(self, task: Task) -> dict[str, Any] | None:
+        try:
+            path = image_path(self.config, task)
+            size = path.stat().st_size
+            if size == task.bytes:
+                return None  # It was read before, and was no whole image.
+            facts = dict(vars(self.decoder.inspect(path)))
+        except ImageError:
+            return {"bytes": size}
+        except OSError:
+            return None
+        del facts["extension"]
+        return facts
 
     def check_disk(self) -> None:
         """Raise LowOnDisk where less than MIN_FREE_MB is free."""

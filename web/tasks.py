@@ -3,7 +3,7 @@
 import functools
 import time
 import uuid
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from flask import Blueprint, Response, g, request
 
@@ -165,14 +165,15 @@ def _shown(task: Task) -> answers.Task:
 
 def _all_shown(tasks: list[Task]) -> list[answers.Task]:
     """Show tasks; what the pending ones wait for is read at one instant for all."""
+    tasks = service.with_image_facts(tasks)
     pending = [task for task in tasks if task.status == "pending"]
     waits = _waits(pending) if pending else {}
     return [_show(task, *waits.get(task.id, (None, None))) for task in tasks]
 
 
 def _show(task: Task, position: int | None, reason: str | None) -> answers.Task:
-    is_made = task.status == "completed"
-    image = answers.Image.of(task, url=f"/images/{task.id}") if is_made else None
+    url = f"/images/{quote(task.id, safe='')}"
+    image = answers.Image.of(task, url=url) if task.sha256 else None
     return answers.Task.of(task, queue_position=position, waiting_for=reason, image=image)
 
 
