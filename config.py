@@ -193,13 +193,18 @@ def load(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> Config:
     setting is logged, and one that is nearly a setting's is an error. The environment is
     not changed, so that a later edit of `.env` is seen at the next reload.
     """
+    return from_values(read(environ, root), root)
+
+
+def read(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> dict[str, str]:
+    """Return the values that `load` checks, as they are written. Raises ConfigError."""
     try:
         values = dotenv_values(root / ".env", interpolate=False)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{root / '.env'} cannot be read: {error}") from error
     _check_names(values, root / ".env")
     values.update((name, value) for name, value in environ.items() if value.strip())
-    return from_values({k: v.strip() for k, v in values.items() if v and v.strip()}, root)
+    return {k: v.strip() for k, v in values.items() if v and v.strip()}
 
 
 def _check_names(names: Iterable[str], file: Path) -> None:

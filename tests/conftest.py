@@ -135,9 +135,9 @@ class App:
     def __init__(self, configure, **values):
         self._configure = configure
         self._values = values
-        self._build()
+        self.open()
 
-    def _build(self):
+    def open(self):
         self._app = create_app(self._configure(**self._values))
         self._app.wsgi_app = read_whole(self._app.wsgi_app)
         service = self._app.extensions["service"]
@@ -148,7 +148,7 @@ class App:
         """Stop it, and build it anew over the same files, with these settings changed."""
         self.close()
         self._values |= values
-        self._build()
+        self.open()
 
     def close(self):
         close(self._app)

@@ -91,7 +91,8 @@ def test_the_simulator_is_a_program_of_its_own():
 def test_importing_does_nothing(tmp_path):
     program = (
         "import os, sys, threading; before = set(os.listdir());"
-        "import app, benchmark, chutes, config, db, images, logs, outputs, simulator, worker;"
+        "import app, backup, benchmark, chutes, config, db, images, logs, outputs, restore;"
+        "import simulator, worker;"
         "assert threading.active_count() == 1; assert set(os.listdir()) == before"
     )
     subprocess.run(
