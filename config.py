@@ -1,6 +1,7 @@
 """The settings: read from the environment and `.env`, checked once, then frozen."""
 
 import difflib
+import errno
 import ipaddress
 import logging
 import os
@@ -331,6 +332,19 @@ def bind_error(config: Config, host: str) -> str | None:
         f"HOST={host}: anyone who reaches this address could spend your Chutes quota; "
         "set API_KEYS, or HOST to 127.0.0.1, or ALLOW_ANONYMOUS=1 if you mean it"
     )
+
+
+def port_error(host: str, port: int) -> str | None:
+    """Return why nobody can listen at this address, or None; listens there for a moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        advice = "correct HOST and PORT"
+        if error.errno == errno.EADDRINUSE:
+            advice = f"set another PORT, or stop what listens there (ss -ltnp sport = :{port})"
+        return f"HOST={host} PORT={port}: {(error.strerror or '').partition(' (')[0]}; {advice}"
+    return None
 
 
 def listening_error(config: Config) -> str | None:

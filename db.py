@@ -12,11 +12,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import node
 from records import (
@@ -133,6 +134,7 @@ class Database:
         self._waiting = 0
         self._batch: _Batch | None = None
         self._reading = threading.Lock()
+        _refuse_foreign(path)
         self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             with self._alone():
@@ -691,13 +693,7 @@ class Database:
         """Return what makes today's tables of that version's, or of the Node server's table."""
         if version:
             return _SCRIPTS[version:]
-        rows = self._writer.rows("SELECT name FROM pragma_table_info('tasks')")
-        columns = {name.lower() for (name,) in rows}
-        if "seq" in columns or not columns >= node.KEYS:
-            raise DatabaseError(
-                f"{self.path} was made by another program: "
-                "move it away, or name another file in DATABASE_PATH"
-            )
+        _check_origin(self.path, self._writer.rows("SELECT name FROM pragma_table_info('tasks')"))
         encoding = self._writer.rows("PRAGMA encoding")[0][0]
         for name, function in node.functions(encoding).items():
             self._writer.create_function(name, 1, function)
@@ -852,6 +848,33 @@ class Database:
             self._refuse(f"is damaged ({error})")
             return DatabaseError(self._refused(), is_final=True)
         return _plain_error(error, done)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a file of another program before anything is written, to it or beside it."""
+    if not path.exists():
+        return
+    uri = f"file:{quote(str(path))}?immutable=1"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as connection:
+            if connection.execute("PRAGMA user_version").fetchall() != [(0,)]:
+                return
+            if not connection.execute("SELECT 1 FROM sqlite_schema").fetchall():
+                return  # It is empty, or all of it is in its log yet.
+            rows = connection.execute("SELECT name FROM pragma_table_info('tasks')").fetchall()
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:
+            return  # It is told when the database is opened in earnest.
+        raise _plain_error(error, "read") from error
+    _check_origin(path, rows)
+
+
+def _check_origin(path: Path, columns: Iterable[tuple[str]]) -> None:
+    """Refuse a database without a version whose table of tasks is not the Node server's."""
+    names = {name.lower() for (name,) in columns}
+    if "seq" in names or not names >= node.KEYS:
+        advice = "move it away, or name another file in DATABASE_PATH"
+        raise DatabaseError(f"{path} was made by another program: {advice}")
 
 
 _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,

@@ -1,5 +1,6 @@
 """How gunicorn serves the application: `gunicorn` in this folder needs nothing more."""
 
+import functools
 import gc
 import logging
 import math
@@ -76,6 +77,18 @@ class logger_class(glogging.Logger):
             super().exception(msg, *args, **kwargs)
 
 
+def on_starting(server: Arbiter) -> None:
+    """Stop at once where an address is taken, which gunicorn would try again for seconds."""
+    # The master hears the signals to stop again, as soon as it has forked.
+    unblock = functools.partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, _STOPS)
+    os.register_at_fork(after_in_parent=unblock)
+    if "GUNICORN_FD" in os.environ or "LISTEN_FDS" in os.environ:
+        return  # Who started this has opened the sockets.
+    for address in server.cfg.address:
+        if isinstance(address, tuple) and (error := settings.port_error(*address[:2])):
+            raise SystemExit(error)
+
+
 def when_ready(server: Arbiter) -> None:
     """Stop where -b or the environment made gunicorn listen beyond what HOST may name."""
     if error := settings.listening_error(_config):
@@ -90,13 +103,6 @@ def on_reload(server: Arbiter) -> None:
     if error := settings.listening_error(_config):
         logging.getLogger("gunicorn.error").error(error)
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def on_starting(server: Arbiter) -> None:
-    """Let the master hear the signals to stop again, as soon as it has forked."""
-    os.register_at_fork(
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS),
-    )
 
 
 def pre_fork(server: Arbiter, worker: Any) -> None:

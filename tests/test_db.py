@@ -621,8 +621,10 @@ def test_a_database_of_others_is_left_alone(tmp_path):
     connection = sqlite3.connect(path)
     connection.executescript("CREATE TABLE tasks (id)")
     connection.close()
+    before = path.read_bytes()
     with pytest.raises(DatabaseError, match="another program"):
         Database(path)
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(path, before)]
 
 
 def test_a_file_that_is_no_database_is_named_as_such(tmp_path):

@@ -545,6 +545,27 @@ def test_a_database_of_another_program_stops_the_start(tmp_path):
     (line,) = ended.stderr.splitlines()
     assert line.startswith("DATABASE_PATH=") and "file is not a database" in line
     assert (tmp_path / "server" / "tasks.sqlite3").read_text() == "something else " * 1000
+    assert not list((tmp_path / "server").glob("tasks.sqlite3?*")), "nothing is left beside it"
+
+
+def test_a_busy_port_stops_the_start_at_once_with_one_line(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        began = time.monotonic()
+        ended = run(tmp_path / "server", "-m", "gunicorn", CHUTES_API_TOKEN=TOKEN, PORT=str(port))
+        # gunicorn alone would try again for five seconds.
+        assert time.monotonic() - began < 5
+    assert ended.returncode == 1
+    (line,) = [line for line in ended.stderr.splitlines() if "Starting gunicorn" not in line]
+    assert line.startswith(f"HOST=127.0.0.1 PORT={port}: Address already in use")
+    assert "set another PORT" in line
+
+
+def test_an_address_of_another_machine_is_told_as_well(tmp_path):
+    values = {"CHUTES_API_TOKEN": TOKEN, "HOST": "192.0.2.1", "ALLOW_ANONYMOUS": "1"}
+    ended = run(tmp_path / "server", "-m", "gunicorn", PORT=str(closed_port()), **values)
+    assert "HOST=192.0.2.1" in ended.stderr.splitlines()[-1]
+    assert "Cannot assign requested address; correct HOST" in ended.stderr
 
 
 @pytest.fixture
