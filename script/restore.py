@@ -89,7 +89,7 @@ def server_kept_out(database: Path, server: Owner) -> Iterator[None]:
     with ExitStack() as held:
         for suffix in (".queue", ".lock"):
             path = Path(f"{database}{suffix}")
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             held.callback(os.close, file)
             server.take(path)
             with _refusing():
