@@ -346,6 +346,34 @@ class Database:
         )
         return [_task(row) for row in rows]
 
+    def list_queue(
+        self, model: str | None, after: tuple[int, int] | None, limit: int
+    ) -> list[Task]:
+        """Read up to `limit` pending tasks in the order in which they are taken.
+
+        Only those of that model, if any, and behind that (priority, `seq`) of the line.
+        """
+        conditions = ["status = 'pending'"]
+        if after:
+            conditions.append("priority <= :priority AND (priority < :priority OR seq > :seq)")
+        if model is not None:
+            conditions.append(
+                """seq IN (SELECT seq FROM tasks INDEXED BY tasks_status_model
+                           WHERE status = 'pending' AND model = :model)"""
+            )
+        priority, seq = after or (None, None)
+        rows = self._fetch(
+            f"""SELECT {_COLUMNS} FROM tasks INDEXED BY tasks_line
+                WHERE {" AND ".join(conditions)} ORDER BY priority DESC, seq LIMIT :limit""",
+            {"model": model, "priority": priority, "seq": seq, "limit": limit},
+        )
+        return [_task(row) for row in rows]
+
+    def last_seq(self) -> int:
+        """Return the `seq` of the task that was added last, 0 where there is none."""
+        with self._read() as connection:
+            return connection.count("SELECT coalesce(max(seq), 0) FROM tasks")
+
     def models(self) -> list[str]:
         """Return the models that have made a picture, of the tasks that are kept."""
         return self._column(
@@ -378,10 +406,27 @@ class Database:
     def cancel(self, id: str, now: float) -> None:
         """Fail a pending task at once, and have the call of one that is processing cut."""
         with self._write() as connection:
-            connection.execute(_CANCEL, _cancel(id, now))
+            connection.execute(f"{_CANCEL} AND id = :id", {**_cancel(now), "id": id})
             connection.execute(
                 "UPDATE tasks SET canceling = 1 WHERE id = ? AND status = 'processing'", (id,)
             )
+
+    def cancel_pending(
+        self, model: str | None, up_to: int, now: float, limit: int = 500
+    ) -> list[str]:
+        """Fail up to `limit` pending tasks, the oldest first; return which.
+
+        Only those whose `seq` is at most `up_to`, and of that model, if any.
+        """
+        only = "AND model = :model" if model is not None else ""
+        with self._write() as connection:
+            rows = connection.rows(
+                f"""{_CANCEL} AND seq IN (
+                      SELECT seq FROM tasks WHERE status = 'pending' AND seq <= :up_to {only}
+                      ORDER BY seq LIMIT :limit) RETURNING id""",
+                {**_cancel(now), "model": model, "up_to": up_to, "limit": limit},
+            )
+        return [id for (id,) in rows]
 
     def canceling(self) -> list[str]:
         """Return the tasks whose calls are to be cut."""
@@ -879,7 +924,7 @@ def _check_origin(path: Path, columns: Iterable[tuple[str]]) -> None:
 
 _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,
                updated_at = :stamp, finished_at = :stamp
-             WHERE id = :id AND status = 'pending'"""
+             WHERE status = 'pending'"""
 
 
 def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bool:
@@ -897,13 +942,8 @@ def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bo
     return True
 
 
-def _cancel(task_id: str, now: float) -> dict[str, Any]:
-    return {
-        "id": task_id,
-        "code": CANCELED.outcome,
-        "error": CANCELED.error,
-        "stamp": stamp(now),
-    }
+def _cancel(now: float) -> dict[str, Any]:
+    return {"code": CANCELED.outcome, "error": CANCELED.error, "stamp": stamp(now)}
 
 
 def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
@@ -956,7 +996,7 @@ def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -
         },
     )
     # A task that is being canceled has no next attempt.
-    connection.execute(_CANCEL + " AND canceling", _cancel(task.id, now))
+    connection.execute(f"{_CANCEL} AND id = :id AND canceling", {**_cancel(now), "id": task.id})
     return bool(cursor.rowcount)
 
 

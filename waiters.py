@@ -89,9 +89,9 @@ class Waiters:
         """Return how many threads wait now."""
         return len(self._waiting)
 
-    def ended(self, task_id: str) -> None:
-        """Wake those who wait for this task, in all processes."""
-        self._wake(lambda waited_for: waited_for == task_id)
+    def ended(self, *ids: str) -> None:
+        """Wake those who wait for one of these tasks, in all processes."""
+        self._wake(frozenset(ids).__contains__)
         for path in self._path.parent.iterdir():
             is_other = str(path).startswith(self._prefix) and path != self._path
             if is_other and not doorbell.ring(path):

@@ -125,6 +125,19 @@ class Worker:
         self.waiters.ended(task_id)
         self.wake()
 
+    def cancel_pending(self, model: str | None) -> int:
+        """End all tasks that are pending now, or those of a model; return how many.
+
+        In steps, so that others write meanwhile.
+        """
+        up_to, count = self._db.last_seq(), 0
+        while ids := self._db.cancel_pending(model, up_to, self._clock()):
+            self.waiters.ended(*ids)
+            count += len(ids)
+            time.sleep(_STEP_SECONDS)
+        self.wake()
+        return count
+
     def delete(self, task: Task) -> bool:
         """Delete a task with its files; False while it is processing."""
         if not self._db.delete(task.id, self._limits_since()):

@@ -419,6 +419,39 @@ def test_a_list_is_served_by_an_index(opened, name):
     assert step.startswith("SEARCH tasks USING") or (name == "all" and step == "SCAN tasks")
 
 
+LINES = {
+    "all": (None, None, 50),
+    "by model": ("m1", None, 50),
+    "a later page": (None, (0, 20), 50),
+    "both": ("m1", (0, 20), 50),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_line_is_listed_by_an_index(opened, name):
+    database, connections = opened
+    fill(database, 100)
+    with traced(connections) as statements:
+        assert database.list_queue(*LINES[name])
+    (sql,) = [statement for statement in statements if "FROM tasks" in statement]
+    steps = plan(database, sql)
+    assert "INDEX tasks_line" in steps[0]
+    assert all("INDEX" in step for step in steps if " tasks" in step)
+    assert not [step for step in steps if "TEMP B-TREE" in step]
+
+
+@pytest.mark.parametrize("model", [None, "m1"])
+def test_what_is_canceled_is_found_by_an_index(opened, model):
+    database, connections = opened
+    fill(database, 100)
+    with traced(connections) as statements:
+        assert database.cancel_pending(model, 50, NOW)
+    (sql,) = {statement for statement in statements if statement.startswith("UPDATE tasks")}
+    steps = plan(database, sql)
+    assert all(step.startswith("SEARCH tasks USING") for step in steps if " tasks" in step)
+    assert not [step for step in steps if "TEMP B-TREE" in step]
+
+
 def test_place_and_status_are_served_by_an_index(opened):
     database, connections = opened
     fill(database, 100)

@@ -65,6 +65,15 @@ def test_the_end_of_a_task_wakes_its_waiters_and_no_others(make, wait):
     assert [first.is_alive(), second.is_alive(), other.is_alive()] == [False, False, True]
 
 
+def test_the_end_of_many_tasks_wakes_the_waiters_of_each(make, wait):
+    waiters = make(Ends("a", "b", "c").unfinished, 10)
+    threads = [wait(waiters, name) for name in "abc"]
+    waiting(waiters, 3)
+    waiters.ended("a", "c", "d")
+    threads[0].join(10), threads[2].join(10)
+    assert [thread.is_alive() for thread in threads] == [False, True, False]
+
+
 def test_a_task_that_has_ended_is_not_waited_for(make, wait):
     assert not wait(make(Ends().unfinished, 10), "a").join(10)
 

@@ -109,7 +109,7 @@ class TaskWithCalls(Task):
 
 
 class Tasks(Answer):
-    """A page of tasks, the newest first."""
+    """A page of tasks."""
 
     headers: ClassVar[dict[str, str]] = {"Link": 'the next page, as `rel="next"`'}
 
@@ -123,6 +123,12 @@ class Retried(Answer):
     status_code: ClassVar[int] = 202
 
     retried: Annotated[int, Field(ge=0)]
+
+
+class Canceled(Answer):
+    """How many tasks were canceled."""
+
+    canceled: Annotated[int, Field(ge=0)]
 
 
 class Hold(Answer):

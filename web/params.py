@@ -54,8 +54,17 @@ class TasksQuery(BaseModel, extra="forbid"):
 
     status: Annotated[Status | None, _one_of(STATUSES)] = None
     model: str | None = None
+    order: Annotated[
+        Literal["queue"] | None, Field(description="queue, as they are taken, with status=pending")
+    ] = None
     limit: Annotated[int, *_integer(1, 200)] = 50
     before: Annotated[int | None, *_integer(1, 10**18 - 1, "as `next` gave it")] = None
+
+
+class CancelQuery(BaseModel, extra="forbid"):
+    """Which of the pending tasks to cancel; all, without a model."""
+
+    model: Annotated[str | None, Field(min_length=1, description="a model's name")] = None
 
 
 class RetryQuery(BaseModel, extra="forbid"):

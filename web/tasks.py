@@ -19,6 +19,8 @@ from worker import rate_limit
 
 # A call that is cut ends well within this time.
 _CANCEL_SECONDS = 1.0
+# A place in the line as one number: the highest priority is 100, and no `seq` is so large.
+_HIGHEST, _PER_PRIORITY = 100, 10**15
 
 bp = Blueprint("tasks", __name__)
 
@@ -42,13 +44,14 @@ def status(task_id: str) -> Response:
 @bp.get("/tasks")
 @operation(answers.Tasks, query=params.TasksQuery, id="tasks")
 def list_tasks() -> Response:
-    """List tasks, the newest first."""
+    """List tasks, the newest first, or as they are taken."""
     wanted = query(params.TasksQuery)
-    status, model, limit = wanted.status, wanted.model, wanted.limit
-    found = service.database.list_tasks(status, model, wanted.before, limit + 1)
+    limit, in_line = wanted.limit, wanted.order == "queue"
+    found = _queue_page(wanted) if in_line else _page(wanted)
     tasks, following, headers = _all_shown(found[:limit]), None, {}
     if len(found) > limit:
-        asked = {**request.args.to_dict(), "before": found[limit - 1].seq}
+        last = found[limit - 1]
+        asked = {**request.args.to_dict(), "before": _place(last) if in_line else last.seq}
         following = f"/tasks?{urlencode(asked)}"
         headers["Link"] = f'<{following}>; rel="next"'
     return answers.Tasks(tasks=tasks, next=following).response(headers)
@@ -98,6 +101,14 @@ def retry_failed() -> Response:
     return answers.Retried(retried=retried).response()
 
 
+@bp.post("/tasks/cancel")
+@operation(answers.Canceled, errors=(507,), query=params.CancelQuery, id="cancelPending")
+def cancel_pending() -> Response:
+    """Cancel all tasks that are pending; with `model`, only those of that model."""
+    canceled = service.worker.cancel_pending(query(params.CancelQuery).model)
+    return answers.Canceled(canceled=canceled).response()
+
+
 @bp.delete("/tasks/<task_id>")
 @operation({204: {"description": "It is gone"}}, errors=(409, 507))
 def delete(task_id: str) -> tuple[str, int]:
@@ -131,6 +142,26 @@ def resume() -> Response:
     service.worker.wake()
     retry = f"/tasks/retry?error_code={code}" if failed else None
     return answers.Resumed.of(_queue(), failed_meanwhile=failed, retry=retry).response()
+
+
+def _page(wanted: params.TasksQuery) -> list[Task]:
+    """Read a page, and one task more, which tells that another follows."""
+    status, model, before = wanted.status, wanted.model, wanted.before
+    return service.database.list_tasks(status, model, before, wanted.limit + 1)
+
+
+def _queue_page(wanted: params.TasksQuery) -> list[Task]:
+    if wanted.status != "pending":
+        raise Refusal(400, "order=queue is for pending tasks alone: add status=pending")
+    after = None
+    if wanted.before is not None:
+        below, seq = divmod(wanted.before, _PER_PRIORITY)
+        after = _HIGHEST - below, seq
+    return service.database.list_queue(wanted.model, after, wanted.limit + 1)
+
+
+def _place(task: Task) -> int:
+    return (_HIGHEST - task.priority) * _PER_PRIORITY + task.seq
 
 
 def _retry_failed(code: str | None) -> int:

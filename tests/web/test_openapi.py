@@ -45,13 +45,14 @@ CASES = [
 ]
 # Every check is on. What a right request may be told beside the checks' own: a picture that
 # is under way is a 503 with Retry-After, one that failed a 409, a part beyond its end a 416;
-# a key's second request is a 422.
+# a key's second request is a 422, an order of the list without the status that it needs a 400.
 _OF_A_PICTURE = {
     "not_a_server_error": ["2xx", "3xx", "4xx", "503"],
     "positive_data_acceptance": ["2xx", "3xx", "404", "409", "416", "503"],
 }
 PROMISED = {
     "/generate": {"positive_data_acceptance": ["2xx", "422"]},
+    "/tasks": {"positive_data_acceptance": ["2xx", "400"]},
     "/v1/images/generations": {"positive_data_acceptance": ["2xx", "422"]},
     "/images/{id}": _OF_A_PICTURE,
     "/images/{id}/thumbnail": _OF_A_PICTURE,

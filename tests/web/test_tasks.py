@@ -194,6 +194,54 @@ def test_a_listed_task_is_as_its_status(client):
     assert client.get("/tasks").json["tasks"] == [task]
 
 
+def pages(client, url):
+    """Return the ids of each page from this one on."""
+    seen = []
+    while url:
+        answer = client.get(url)
+        assert answer.status_code == 200, answer.json
+        seen.append([task["id"] for task in answer.json["tasks"]])
+        url = answer.json["next"]
+    return seen
+
+
+def test_the_line_is_listed_as_it_is_taken(client):
+    client.post("/queue/pause")
+    ids = [submit(client, priority=priority) for priority in (0, -100, 5, 0, 100, 5)]
+    line = [ids[n] for n in (4, 2, 5, 0, 3, 1)]
+    assert pages(client, "/tasks?status=pending&order=queue") == [line]
+    shown = client.get("/tasks?status=pending&order=queue").json["tasks"]
+    assert [task["queue_position"] for task in shown] == [1, 2, 3, 4, 5, 6]
+    for limit in (1, 2, 4):
+        by_limit = pages(client, f"/tasks?status=pending&order=queue&limit={limit}")
+        assert by_limit == [line[at : at + limit] for at in range(0, 6, limit)]
+
+
+def test_the_line_goes_on_where_the_last_page_ended_whatever_became_of_its_tasks(client):
+    client.post("/queue/pause")
+    ids = [submit(client) for _ in range(4)]
+    following = client.get("/tasks?status=pending&order=queue&limit=2").json["next"]
+    client.post(f"/tasks/{ids[0]}/cancel")
+    client.delete(f"/tasks/{ids[1]}")
+    submit(client, priority=1)
+    assert pages(client, following) == [ids[2:]]
+
+
+def test_the_line_of_a_model_is_listed(client):
+    client.post("/queue/pause")
+    ids = [submit(client, model=model) for model in "xyxyx"]
+    url = "/tasks?status=pending&order=queue&limit=2&model=x"
+    assert pages(client, url) == [[ids[0], ids[2]], [ids[4]]]
+    assert pages(client, "/tasks?status=pending&order=queue&model=z") == [[]]
+
+
+@pytest.mark.parametrize("query", ["order=queue", "order=queue&status=failed"])
+def test_only_what_is_pending_stands_in_a_line(client, query):
+    answer = client.get(f"/tasks?{query}")
+    assert answer.status_code == 400
+    assert "status=pending" in answer.json["error"]
+
+
 @pytest.mark.parametrize(
     ("query", "words"),
     [
@@ -208,7 +256,9 @@ def test_a_listed_task_is_as_its_status(client):
         ("before=", "next"),
         ("before=" + "9" * 30, "next"),
         ("before=1" + "0" * 18, "next"),
-        ("state=failed", "status, model, limit, before"),
+        ("status=pending&order=", "queue"),
+        ("status=pending&order=newest", "queue"),
+        ("state=failed", "status, model, order, limit, before"),
     ],
 )
 def test_a_bad_list_is_refused_by_name(client, query, words):
@@ -342,6 +392,72 @@ def test_a_task_that_is_being_canceled_has_no_next_attempt(app, client, upstream
     upstream.gate.set()
     assert finished(client, task_id)["error_code"] == "canceled"
     assert len(upstream.calls) == 1
+
+
+def test_all_that_wait_are_canceled_at_once(paused, upstream):
+    running = submit(paused)
+    wait_until(lambda: upstream.at_once)
+    ids = [submit(paused) for _ in range(3)]
+    answer = paused.post("/tasks/cancel")
+    assert (answer.status_code, answer.json) == (200, {"canceled": 3})
+    tasks = [paused.get(f"/status/{task_id}").json for task_id in ids]
+    assert {(task["status"], task["error_code"]) for task in tasks} == {("failed", "canceled")}
+    assert all(task["finished_at"] and task["error"] for task in tasks)
+    assert paused.get(f"/status/{running}").json["status"] == "processing"
+    assert paused.post("/tasks/cancel").json == {"canceled": 0}
+    upstream.gate.set()
+    assert finished(paused, running)["status"] == "completed"
+
+
+def test_a_cancel_can_be_narrowed_to_a_model(client):
+    client.post("/queue/pause")
+    ids = [submit(client, model=model) for model in "xyx"]
+    assert client.post("/tasks/cancel?model=x").json == {"canceled": 2}
+    statuses = [client.get(f"/status/{task_id}").json["status"] for task_id in ids]
+    assert statuses == ["failed", "pending", "failed"]
+    assert client.post("/tasks/cancel?model=x").json == {"canceled": 0}
+
+
+@pytest.mark.parametrize(("query", "word"), [("model=", "model"), ("modle=x", "modle")])
+def test_a_cancel_that_would_widen_in_silence_is_refused(client, query, word):
+    client.post("/queue/pause")
+    submit(client)
+    answer = client.post(f"/tasks/cancel?{query}")
+    assert answer.status_code == 400
+    assert word in answer.json["error"]
+    assert client.get("/queue").json["pending"] == 1
+
+
+def test_ten_thousand_are_canceled_in_steps_between_which_others_write(serve, monkeypatch):
+    app = serve(MAX_PENDING=20_000)
+    client = app.client
+    app.database.pause()
+    rows.insert(app.database.path, "tasks", (rows.task(f"t{n}") for n in range(10_000)))
+    step, added = app.database.cancel_pending, []
+
+    def with_a_submit_in_between(*values):
+        added.append(submit(client))
+        return step(*values)
+
+    monkeypatch.setattr(app.database, "cancel_pending", with_a_submit_in_between)
+    assert client.post("/tasks/cancel").json == {"canceled": 10_000}
+    assert len(added) > 10
+    # What was submitted after the call began is another's.
+    assert app.database.queue(time.time()).pending == len(added)
+    assert app.database.check_counts()
+
+
+def test_who_waits_for_what_is_canceled_is_woken(app, client):
+    client.post("/queue/pause")
+    ids = [submit(client), submit(client)]
+    with ThreadPoolExecutor() as pool:
+        answers = [
+            pool.submit(client.application.test_client().get, f"/status/{task_id}?wait=60")
+            for task_id in ids
+        ]
+        wait_until(lambda: app.worker.waiters.count == 2)
+        client.post("/tasks/cancel")
+        assert [answer.result(10).json["error_code"] for answer in answers] == ["canceled"] * 2
 
 
 # Retry
@@ -669,6 +785,7 @@ def test_every_answer_is_json_with_a_newline(client):
         ("GET", f"/tasks/{task_id}"),
         ("POST", f"/tasks/{task_id}/cancel"),
         ("POST", "/tasks/retry"),
+        ("POST", "/tasks/cancel"),
         ("GET", "/queue"),
         ("POST", "/queue/pause"),
         ("POST", "/queue/resume"),
