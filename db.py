@@ -332,40 +332,53 @@ class Database:
             return True
 
     def list_tasks(
-        self, status: str | None, model: str | None, before: int | None, limit: int
+        self,
+        status: str | None,
+        model: str | None,
+        before: int | None,
+        limit: int,
+        *,
+        error_code: str | None = None,
+        words: str | None = None,
     ) -> list[Task]:
-        """Read up to `limit` tasks, the newest first, that were added before that `seq`."""
-        wanted = {"status": status, "model": model, "before": before}
-        conditions = {"status": "status = :status", "model": "model = :model"}
-        conditions["before"] = "seq < :before"
-        where = " AND ".join(conditions[name] for name in wanted if wanted[name] is not None)
+        """Read up to `limit` tasks, the newest first, that were added before that `seq`.
+
+        Each of the words must begin one of the prompt's, in upper or lower case, with or
+        without accents.
+        """
+        values = {"before": sys.maxsize if before is None else before, "limit": limit}
+        lists, filters = _lists(status, model, error_code, words)
         rows = self._fetch(
-            f"""SELECT {_COLUMNS} FROM tasks {"WHERE " + where if where else ""}
-                ORDER BY seq DESC LIMIT :limit""",
-            {**wanted, "limit": limit},
+            f"""SELECT {_COLUMNS} FROM tasks
+                WHERE seq IN ({lists} ORDER BY seq DESC LIMIT :limit) ORDER BY seq DESC""",
+            {**values, **filters},
         )
         return [_task(row) for row in rows]
 
     def list_queue(
-        self, model: str | None, after: tuple[int, int] | None, limit: int
+        self,
+        model: str | None,
+        after: tuple[int, int] | None,
+        limit: int,
+        *,
+        error_code: str | None = None,
+        words: str | None = None,
     ) -> list[Task]:
         """Read up to `limit` pending tasks in the order in which they are taken.
 
-        Only those of that model, if any, and behind that (priority, `seq`) of the line.
+        Only those behind that (priority, `seq`) of the line, filtered as `list_tasks` does.
         """
         conditions = ["status = 'pending'"]
         if after:
             conditions.append("priority <= :priority AND (priority < :priority OR seq > :seq)")
-        if model is not None:
-            conditions.append(
-                """seq IN (SELECT seq FROM tasks INDEXED BY tasks_status_model
-                           WHERE status = 'pending' AND model = :model)"""
-            )
+        lists, filters = _lists("pending", model, error_code, words)
+        if (model, error_code, words) != (None, None, None):
+            conditions.append(f"seq IN ({lists})")
         priority, seq = after or (None, None)
         rows = self._fetch(
             f"""SELECT {_COLUMNS} FROM tasks INDEXED BY tasks_line
                 WHERE {" AND ".join(conditions)} ORDER BY priority DESC, seq LIMIT :limit""",
-            {"model": model, "priority": priority, "seq": seq, "limit": limit},
+            {"priority": priority, "seq": seq, "before": sys.maxsize, "limit": limit, **filters},
         )
         return [_task(row) for row in rows]
 
@@ -925,6 +938,39 @@ def _check_origin(path: Path, columns: Iterable[tuple[str]]) -> None:
 _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,
                updated_at = :stamp, finished_at = :stamp
              WHERE status = 'pending'"""
+
+
+def _lists(
+    status: str | None, model: str | None, error_code: str | None, words: str | None
+) -> tuple[str, dict[str, Any]]:
+    """Return a query for the `seq` of the tasks that are all of this, and its values.
+
+    Each part of it goes through an index, from `:before` down, so that they meet in one pass.
+    """
+    filters = {"status": status, "model": model, "error_code": error_code}
+    given = [f"{name} = :{name}" for name in ("status", "model") if filters[name] is not None]
+    lists = []
+    if given or (error_code is None and words is None):
+        lists.append(f"SELECT seq FROM tasks WHERE {' AND '.join([*given, 'seq < :before'])}")
+    if error_code is not None:
+        lists.append("SELECT seq FROM tasks WHERE error_code = :error_code AND seq < :before")
+    if words is not None:
+        lists.append(
+            "SELECT rowid AS seq FROM prompts WHERE prompts MATCH :match AND rowid < :before"
+        )
+    return " INTERSECT ".join(lists), {**filters, "match": words and _match(words)}
+
+
+def _match(text: str) -> str:
+    """Return the query of FTS5 for all words of a text, each as the beginning of a word."""
+    words = sorted(set(text.replace("\0", " ").lower().split()))
+    # What holds a word holds all beginnings of it: to look for "a" reads every word with an a.
+    longest = [
+        word
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if not following.startswith(word)
+    ]
+    return " ".join('"{}"*'.format(word.replace('"', '""')) for word in longest)
 
 
 def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bool:

@@ -152,3 +152,25 @@ ALTER TABLE removals ADD COLUMN file_path TEXT;
 CREATE INDEX tasks_taken_over
   ON tasks (substr(file_path, length(rtrim(file_path, replace(file_path, '/', ''))) + 1))
   WHERE calls = 0 AND file_path IS NOT NULL;
+
+CREATE INDEX tasks_error_code ON tasks (error_code, seq) WHERE error_code IS NOT NULL;
+
+-- The words of the prompts; the prompts themselves are in tasks alone.
+CREATE VIRTUAL TABLE prompts USING fts5 (
+  prompt, content = 'tasks', content_rowid = 'seq', columnsize = 0,
+  tokenize = 'unicode61 remove_diacritics 2'
+);
+-- Each task that is added writes a page of the index: a small one.
+INSERT INTO prompts (prompts, rank) VALUES ('pgsz', 1000);
+INSERT INTO prompts (prompts) VALUES ('rebuild');
+
+CREATE TRIGGER prompts_added AFTER INSERT ON tasks BEGIN
+  INSERT INTO prompts (rowid, prompt) VALUES (new.seq, new.prompt);
+END;
+CREATE TRIGGER prompts_deleted AFTER DELETE ON tasks BEGIN
+  INSERT INTO prompts (prompts, rowid, prompt) VALUES ('delete', old.seq, old.prompt);
+END;
+CREATE TRIGGER prompts_changed AFTER UPDATE OF prompt ON tasks BEGIN
+  INSERT INTO prompts (prompts, rowid, prompt) VALUES ('delete', old.seq, old.prompt);
+  INSERT INTO prompts (rowid, prompt) VALUES (new.seq, new.prompt);
+END;

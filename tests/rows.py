@@ -30,6 +30,11 @@ def insert(path, table, rows):
         connection.executemany(f"INSERT INTO {table} ({', '.join(rows[0])}) VALUES ({marks})", rows)
 
 
+def check_words(path):
+    """Fail where the index of words is not what the prompts make it."""
+    write(path, "INSERT INTO prompts (prompts, rank) VALUES ('integrity-check', 1)")
+
+
 def task(id, **columns):
     """Return the row of a pending task that was added now, or of one with these columns."""
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())

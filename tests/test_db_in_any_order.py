@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import rows
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -204,6 +205,7 @@ class Verbs(RuleBasedStateMachine):
         self.claimed = []
 
     def teardown(self):
+        rows.check_words(self.path)
         self.database.close()
         self.folder.cleanup()
 

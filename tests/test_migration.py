@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
-from rows import open_watched, steps_taken
+from rows import check_words, open_watched, steps_taken
 
 import db
 from db import Database, DatabaseError
@@ -69,6 +69,14 @@ def test_an_old_database_is_brought_up_to_date_with_nothing_lost(old):
     database.close()
     assert (rows(old, of_tasks), rows(old, of_holds)) == before
     assert is_today(old)
+
+
+def test_the_prompts_of_an_old_database_can_be_searched(old):
+    database = Database(old)
+    found = database.list_tasks("failed", None, None, 200, words="FOX", error_code="expired")
+    assert len(found) == 25
+    database.close()
+    check_words(old)
 
 
 def test_an_old_database_has_the_same_tables_then_as_a_new_one(old, tmp_path):

@@ -54,6 +54,11 @@ class TasksQuery(BaseModel, extra="forbid"):
 
     status: Annotated[Status | None, _one_of(STATUSES)] = None
     model: str | None = None
+    error_code: Annotated[ErrorCode | None, _one_of(ERROR_CODES)] = None
+    q: Annotated[
+        str | None,
+        Field(pattern=r"[^\s\x00]", max_length=1000, description="words of the prompt"),
+    ] = None
     order: Annotated[
         Literal["queue"] | None, Field(description="queue, as they are taken, with status=pending")
     ] = None

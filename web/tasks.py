@@ -146,8 +146,11 @@ def resume() -> Response:
 
 def _page(wanted: params.TasksQuery) -> list[Task]:
     """Read a page, and one task more, which tells that another follows."""
-    status, model, before = wanted.status, wanted.model, wanted.before
-    return service.database.list_tasks(status, model, before, wanted.limit + 1)
+    return service.database.list_tasks(
+        *(wanted.status, wanted.model, wanted.before, wanted.limit + 1),
+        error_code=wanted.error_code,
+        words=wanted.q,
+    )
 
 
 def _queue_page(wanted: params.TasksQuery) -> list[Task]:
@@ -157,7 +160,9 @@ def _queue_page(wanted: params.TasksQuery) -> list[Task]:
     if wanted.before is not None:
         below, seq = divmod(wanted.before, _PER_PRIORITY)
         after = _HIGHEST - below, seq
-    return service.database.list_queue(wanted.model, after, wanted.limit + 1)
+    return service.database.list_queue(
+        *(wanted.model, after, wanted.limit + 1), error_code=wanted.error_code, words=wanted.q
+    )
 
 
 def _place(task: Task) -> int:

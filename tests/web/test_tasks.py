@@ -194,6 +194,65 @@ def test_a_listed_task_is_as_its_status(client):
     assert client.get("/tasks").json["tasks"] == [task]
 
 
+PROMPTS = ["A red fox in the snow", "foxes AND hounds, 16:9", "Füchse 🦊 im Schnee", "fo_x don't"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        *(("fox", [0, 1]), ("FOX", [0, 1]), ("foxes", [1]), ("fo", [0, 1, 3]), ("ox", [])),
+        *(("snow red", [0]), ("red snows", []), ("a red fox in the snow", [0]), ("r s f", [0])),
+        *(("füchse", [2]), ("FÜCHSE", [2]), ("Fu\u0308ch", [2]), ("fuchse", [2]), ("🦊", [2])),
+        # Nothing is an operator, and what holds no word asks for nothing.
+        *(("red AND fox", []), ("foxes AND hounds", [1]), ("red OR hounds", [])),
+        *(("NOT fox", []), ("fox*", [0, 1]), ("-fox", [0, 1]), ("^red", [0]), ("prompt:fox", [])),
+        *(('"red fox"', [0]), ('"', []), ('fox "', [0, 1]), ("(fox", [0, 1]), ("NEAR(a b)", [])),
+        *(("16:9", [1]), ("16:8", []), ("9:16", []), ("don't", [3]), ("fo_x", [3]), ("fo\0x", [3])),
+        ("'; DROP TABLE tasks; --", []),
+        (" ".join(f"w{n}" for n in range(200)), []),
+    ],
+)
+def test_what_was_made_is_found_by_words_of_its_prompt(client, words, found):
+    client.post("/queue/pause")
+    ids = [submit(client, prompt) for prompt in PROMPTS]
+    answer = client.get("/tasks", query_string={"q": words})
+    assert answer.status_code == 200, answer.json
+    assert [task["id"] for task in answer.json["tasks"]] == [ids[n] for n in reversed(found)]
+
+
+def test_a_search_goes_on_page_by_page_and_can_be_narrowed(client, upstream):
+    made = [finished(client, submit(client, f"a fox {n}", model="x"))["id"] for n in range(3)]
+    finished(client, submit(client, "a hound", model="x"))
+    bad = failed(client, upstream, prompt="a fox that failed")["id"]
+    client.post("/queue/pause")
+    waits = [submit(client, "a fox", priority=priority) for priority in (0, 1, 0)]
+    made, line = made[::-1], [waits[1], waits[0], waits[2]]
+    assert pages(client, "/tasks?q=fox&limit=2") == [
+        waits[:0:-1],
+        [waits[0], bad],
+        made[:2],
+        made[2:],
+    ]
+    assert pages(client, "/tasks?q=fox&status=completed&limit=2") == [made[:2], made[2:]]
+    assert pages(client, "/tasks?q=fox&status=completed&model=x") == [made]
+    assert pages(client, "/tasks?q=fox&model=qwen-image&status=completed") == [[]]
+    for query in ("", "&q=fox", "&q=fox&status=failed&model=qwen-image", "&status=failed"):
+        assert pages(client, f"/tasks?error_code=upstream_rejected{query}") == [[bad]]
+    assert pages(client, "/tasks?error_code=upstream_rejected&q=hound") == [[]]
+    assert pages(client, "/tasks?error_code=expired&q=fox") == [[]]
+    assert pages(client, "/tasks?error_code=upstream_rejected&status=pending") == [[]]
+    queue = "/tasks?status=pending&order=queue"
+    assert pages(client, f"{queue}&q=fox&limit=2") == [line[:2], line[2:]]
+    assert pages(client, f"{queue}&q=fox&error_code=expired") == [[]]
+
+
+def test_what_is_deleted_is_found_no_more(client):
+    client.post("/queue/pause")
+    gone, kept = submit(client, "a fox"), submit(client, "a fox, too")
+    client.delete(f"/tasks/{gone}")
+    assert pages(client, "/tasks?q=fox") == [[kept]]
+
+
 def pages(client, url):
     """Return the ids of each page from this one on."""
     seen = []
@@ -258,7 +317,10 @@ def test_only_what_is_pending_stands_in_a_line(client, query):
         ("before=1" + "0" * 18, "next"),
         ("status=pending&order=", "queue"),
         ("status=pending&order=newest", "queue"),
-        ("state=failed", "status, model, order, limit, before"),
+        ("error_code=nonsense", "upstream_auth, "),
+        ("error_code=", "upstream_auth, "),
+        *((f"q={text}", "words") for text in ("", "%20", "%09%0A", "%00", "x" * 1001)),
+        ("state=failed", "status, model, error_code, q, order, limit, before"),
     ],
 )
 def test_a_bad_list_is_refused_by_name(client, query, words):
