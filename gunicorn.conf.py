@@ -42,6 +42,7 @@ worker_class = "gthread.Worker"
 threads = _config.threads
 # Of the usual 1,024 open files some must be left for calls, images and the database.
 worker_connections = 800
+# The address of an archive names up to 100 tasks, each with its signature.
 limit_request_line = 8190
 # The worker process drains the queue in worker_exit, where it gives no sign of life:
 # neither the master's patience nor its heartbeat may end before the grace does.

@@ -47,6 +47,7 @@ ONLY = {
     "urllib3": {"chutes"},
     "PIL": {"images"},
     "prometheus_client": {"web.health"},
+    "zipstream": {"web.images"},
     "pydantic": {"config", "web.answers", "web.openapi", "web.params", "web.schemas"},
     "dotenv": {"config"},
     "gunicorn": {"gthread", "gunicorn.conf"},

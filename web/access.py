@@ -110,11 +110,18 @@ def authenticate(config: Config) -> str:
 
 
 def is_signed(signer: Signer) -> bool:
-    """Return whether the request is for an image, with the right signature."""
-    if request.endpoint != "images.image" or request.method not in ("GET", "HEAD"):
+    """Return whether the request is for images, with the right signature of each."""
+    if request.method not in ("GET", "HEAD"):
         return False
-    task_id = (request.view_args or {})["name"].partition(".")[0]
-    return signer.has_signed(task_id, request.args.get("sig", ""))
+    signatures = request.args.getlist("sig")
+    if request.endpoint == "images.image":
+        ids = [(request.view_args or {})["name"].partition(".")[0]]
+    elif request.endpoint == "images.archive":
+        ids = request.args.getlist("id")
+    else:
+        return False
+    are_all = len(ids) == len(signatures) > 0
+    return are_all and all(map(signer.has_signed, ids, signatures))
 
 
 def _bytes(text: str) -> bytes:

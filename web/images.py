@@ -2,12 +2,14 @@
 
 import hashlib
 import io
+import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from flask import Blueprint, Response, g, request, send_file
+from zipstream import ZipStream  # type: ignore[import-untyped]
 
 import outputs
 from images import ImageError
@@ -15,7 +17,7 @@ from outputs import thumbnail_path, whole_image_path
 from records import Task
 from web.errors import Refusal
 from web.openapi import operation
-from web.params import ImageQuery, get_task_or_404, query
+from web.params import ArchiveQuery, ImageQuery, get_task_or_404, query
 from web.service import service
 
 # How long a client is asked to wait: one that has waited may ask at once, one that wanted to
@@ -29,6 +31,9 @@ _TYPES = ("image/png", "image/jpeg", "image/webp")
 _CACHED = {"ETag": "strong: the SHA-256 of the bytes", "Cache-Control": "immutable, for a year"}
 _NAMED = {**_CACHED, "Content-Disposition": "inline, with the file's name"}
 _RANGE = {"Range": "one range of bytes; any other is ignored", "If-None-Match": "an ETag"}
+
+_ATTACHED = {"Content-Length": "bytes", "Content-Disposition": "attachment, as images.zip"}
+_MANIFEST = ("id", "prompt", "model", "params", "sha256")
 
 bp = Blueprint("images", __name__)
 
@@ -74,6 +79,47 @@ def thumbnail(task_id: str) -> Response:
         if service.database.get(task.id) is None:
             kept.unlink(missing_ok=True)
     return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
+
+
+@bp.get("/images.zip")
+@operation(
+    {200: {"description": "The archive", "content": {"application/zip": {}}, "headers": _ATTACHED}},
+    query=ArchiveQuery,
+)
+def archive() -> Response:
+    """Fetch the pictures of several tasks as one zip, with a manifest."""
+    ids = query(ArchiveQuery).id
+    stream = ZipStream(sized=True)
+    lines = [_archived(stream, task_id, task_id in ids[:n]) for n, task_id in enumerate(ids)]
+    g.task = None
+    manifest = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    stream.add(manifest, "manifest.jsonl")
+    # A file that is no longer as it was breaks the answer off, short of its length.
+    headers = {
+        "Content-Length": str(len(stream)),
+        "Content-Disposition": 'attachment; filename="images.zip"',
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(stream, headers=headers, content_type="application/zip")
+
+
+def _archived(stream: ZipStream, task_id: str, is_there: bool) -> dict[str, Any]:
+    """Add the image of a task to an archive; return what the manifest says of it."""
+    try:
+        task = _completed(task_id)
+        if is_there:
+            raise Refusal(409, "The task is named twice; its picture is there once")
+        path = image_path(service.config, task)
+        try:
+            is_whole = path.stat().st_size == task.bytes
+        except OSError as error:
+            raise _gone(task) from error
+        if not is_whole:
+            raise _gone(task)
+    except Refusal as refusal:
+        return {"id": task_id, "missing": str(refusal)}
+    stream.add_path(path, path.name, recurse=False)
+    return {name: getattr(task, name) for name in _MANIFEST}
 
 
 def _completed(task_id: str, wait: int = 0) -> Task:

@@ -167,13 +167,15 @@ def _parameters(path: str, op: operation) -> Iterator[_Json]:
 
 
 def _query(model: type[BaseModel]) -> Iterator[_Json]:
-    for name, schema in model.model_json_schema()["properties"].items():
+    document = model.model_json_schema()
+    for name, schema in document["properties"].items():
         del schema["title"]
+        more = {"required": True} if name in document.get("required", ()) else {}
         # A default of nothing means that it is not there; what is there is never null.
-        if not schema["default"]:
-            del schema["default"]
+        if not schema.get("default"):
+            schema.pop("default", None)
             schema |= schema.pop("anyOf", [{}])[0]
-        yield _parameter(name, "query", schema.pop("description", ""), schema)
+        yield _parameter(name, "query", schema.pop("description", ""), schema, **more)
 
 
 def _responses(path: str, op: operation) -> dict[int, _Json]:

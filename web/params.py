@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from flask import g, request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -47,6 +47,15 @@ class ImageQuery(Wait):
     """The query of an image."""
 
     sig: Annotated[str, Field(description="in place of a key")] = ""
+
+
+class ArchiveQuery(BaseModel, extra="forbid"):
+    """Whose images to archive, and for who has no key, the signature of each in the same order."""
+
+    id: Annotated[
+        list[str], Field(min_length=1, max_length=100, description="a task's id, 1 to 100 times")
+    ]
+    sig: Annotated[list[str], Field(description="in place of a key: one for each id")] = []
 
 
 class TasksQuery(BaseModel, extra="forbid"):
@@ -121,8 +130,10 @@ def get_task_or_404(task_id: str, wait: int = 0) -> Task:
 
 def query(model: type[_Model]) -> _Model:
     """Return the parameters of the query as the model has them, or refuse it with 400."""
+    given = request.args.to_dict(flat=False)
+    are_lists = {n: get_origin(field.annotation) is list for n, field in model.model_fields.items()}
     try:
-        return model.model_validate(request.args.to_dict())
+        return model.model_validate({n: v if are_lists.get(n) else v[0] for n, v in given.items()})
     except ValidationError as error:
         violations = error.errors(include_url=False)
     unknown = [found for found in violations if found["type"] == "extra_forbidden"]
