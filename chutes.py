@@ -34,6 +34,8 @@ _LATE_SECONDS = 5.0
 _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
 _DETAIL_LENGTH = 300
+# A refusal may be JSON in a sentence in JSON, and so on.
+_MAX_WRAPPINGS = 8
 _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
 
 
@@ -343,7 +345,7 @@ class Chutes:
         """Say what a status other than 2xx means."""
         status = response.status_code
         detail = _detail(response)
-        text = self._plain(detail.get("message", detail))
+        text = self._plain(_sentence(detail))
         refuse = functools.partial(ChutesError, reply=reply)
         rejected = functools.partial(refuse, Remedy.FAIL, "upstream_rejected")
         hold = functools.partial(refuse, Remedy.HOLD_MODEL, "unavailable")
@@ -498,6 +500,30 @@ def _detail(response: requests.Response) -> dict[str, Any]:
             value = ""
     detail = value.get("detail", value) if isinstance(value, dict) else value
     return detail if isinstance(detail, dict) else {"message": detail}
+
+
+def _sentence(found: Any, wrappings: int = _MAX_WRAPPINGS) -> str:
+    """Return what a refusal says to a person, out of whatever JSON it is wrapped in."""
+    if isinstance(found, list) and wrappings:
+        return "; ".join(_sentence(each, wrappings - 1) for each in found)
+    if isinstance(found, dict) and wrappings:
+        told = [found[key] for key in ("message", "detail", "msg") if key in found]
+        if told:
+            text, place = _sentence(next(filter(None, told), ""), wrappings - 1), found.get("loc")
+            # A field that is wrong, as pydantic tells of it.
+            return f"{place[-1]}: {text}" if isinstance(place, list) and place else text
+    if not isinstance(found, str):
+        with suppress(RecursionError):
+            return json.dumps(found, ensure_ascii=False) if found else ""
+        return ""
+    text = re.sub(r"^(Invalid request:\s*)+(?=\S)", "", found)
+    before, brace, after = text.partition("{")
+    try:
+        value, end = json.JSONDecoder().raw_decode(brace + after)
+    except (ValueError, RecursionError):
+        return text
+    inner = _sentence(value, wrappings - 1) if wrappings else ""
+    return f"{before}{inner}{after[end - 1 :]}" if inner and "{" not in inner else text
 
 
 def _timestamp(text: Any) -> float | None:

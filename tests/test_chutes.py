@@ -153,6 +153,57 @@ STATUSES = [
 ]
 
 
+INVALID = '{"detail":"Invalid input parameters"}'
+WRAPPED = json.dumps({"detail": INVALID})
+FIELDS = [
+    {"type": "missing", "loc": ["body", "width"], "msg": "Field required"},
+    {"type": "less", "loc": ["body", "seed"], "msg": "Input should be less than 9", "ctx": {}},
+]
+
+
+@responses.activate
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"detail": f"Invalid request: Invalid request: {INVALID}"}, "Invalid input parameters"),
+        ({"detail": f"Invalid request: {WRAPPED}"}, "Invalid input parameters"),
+        ({"detail": f"It said {INVALID}, twice"}, "It said Invalid input parameters, twice"),
+        ({"detail": "Invalid request: width is odd"}, "width is odd"),
+        ({"detail": "Invalid request: "}, "Invalid request:"),
+        ({"detail": FIELDS}, "width: Field required; seed: Input should be less than 9"),
+        ({"detail": json.dumps({"detail": FIELDS[:1]})}, "width: Field required"),
+        ({"detail": {"message": "no", "quota_reset_timestamp": None}}, "no"),
+        ({"message": "no"}, "no"),
+        # What holds no sentence is shown as it is.
+        ({"detail": "use {} or {this}"}, "use {} or {this}"),
+        ({"detail": 'odd: {"a": 1}'}, 'odd: {"a": 1}'),
+        ({"detail": {"a": 1}}, '{"a": 1}'),
+        ({"detail": [7]}, "7"),
+    ],
+)
+def test_what_chutes_says_is_read_once_and_without_json(call, body, told):
+    responses.post(URL, json=body, status=400)
+    error = refused(call)
+    assert str(error) == f"Chutes refused the request (400): {told}"
+
+
+@responses.activate
+@pytest.mark.parametrize("wrap", ['{"detail":%s}', "[%s]", '{"loc":%s}'])
+def test_a_refusal_nested_without_end_is_no_fault_of_ours(call, wrap):
+    bodies = ['"no"']
+    while len(bodies) < 1100:
+        bodies.append(wrap % bodies[-1])
+    # Some are just not too deep to be read, but to be written.
+    for body in bodies[900:]:
+        responses.upsert("POST", URL, body=body, status=400)
+        assert refused(call).code == "upstream_rejected"
+    body = "no"
+    for _ in range(12):
+        body = json.dumps({"detail": body})
+    responses.upsert("POST", URL, body=body, status=400)
+    assert refused(call).code == "upstream_rejected"
+
+
 @responses.activate
 @pytest.mark.parametrize(("status", "detail", "remedy", "code"), STATUSES)
 def test_a_status_says_what_to_do(call, status, detail, remedy, code):
