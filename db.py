@@ -977,8 +977,8 @@ def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bo
     values = {"id": task_id, "new_id": new_id, "stamp": stamp(now)}
     cursor = connection.execute(
         """INSERT INTO tasks
-             (id, prompt, model, params, priority, status, created_at, updated_at)
-           SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp
+             (id, prompt, model, params, priority, status, created_at, updated_at, retry_of)
+           SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp, id
            FROM tasks WHERE id = :id AND status IN ('completed', 'failed')""",
         values,
     )

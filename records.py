@@ -83,6 +83,7 @@ class Task:
     canceling: int
     retried_as: str | None
     lost_images: int
+    retry_of: str | None
 
 
 @dataclass(frozen=True)

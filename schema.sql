@@ -174,3 +174,6 @@ CREATE TRIGGER prompts_changed AFTER UPDATE OF prompt ON tasks BEGIN
   INSERT INTO prompts (prompts, rowid, prompt) VALUES ('delete', old.seq, old.prompt);
   INSERT INTO prompts (rowid, prompt) VALUES (new.seq, new.prompt);
 END;
+
+ALTER TABLE tasks ADD COLUMN retry_of TEXT;
+UPDATE tasks SET retry_of = old.id FROM tasks AS old WHERE old.retried_as = tasks.id;

@@ -79,6 +79,17 @@ def test_the_prompts_of_an_old_database_can_be_searched(old):
     check_words(old)
 
 
+def test_a_retry_of_an_old_database_names_what_it_retries(old):
+    connection = sqlite3.connect(old)
+    with connection:
+        connection.execute("UPDATE tasks SET retried_as = 't50' WHERE id = 't2'")
+    connection.close()
+    database = Database(old)
+    assert database.get("t50").retry_of == "t2"
+    assert database.get("t2").retry_of is None
+    database.close()
+
+
 def test_an_old_database_has_the_same_tables_then_as_a_new_one(old, tmp_path):
     for path in (old, tmp_path / "new.sqlite3"):
         Database(path).close()

@@ -88,7 +88,8 @@ class Task(Answer):
     started_at: _Time | None
     finished_at: _Time | None
     image: Image | None
-    retried_as: str | None
+    retried_as: Annotated[str | None, Field(description="the last task that retries this one")]
+    retry_of: Annotated[str | None, Field(description="the task that this one retries")]
 
 
 class Call(Answer):

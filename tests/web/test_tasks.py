@@ -63,7 +63,7 @@ def test_the_status_has_the_seven_keys_first_and_all_the_others(client, upstream
     assert list(task) == [
         *("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"),
         *("error_code", "model", "params", "priority", "attempts", "queue_position"),
-        *("waiting_for", "started_at", "finished_at", "image", "retried_as"),
+        *("waiting_for", "started_at", "finished_at", "image", "retried_as", "retry_of"),
     ]
     assert (task["prompt"], task["status"], task["model"]) == (
         "füchse 🦊",
@@ -539,6 +539,7 @@ def test_a_retry_is_a_new_task_with_the_same_input(client, upstream):
     assert new["id"] != old["id"] and new["attempts"] == 1
     old_now = client.get(f"/status/{old['id']}").json
     assert old_now == {**old, "retried_as": new["id"]}
+    assert (old["retry_of"], new["retry_of"]) == (None, old["id"])
 
 
 def test_a_completed_task_can_be_made_again(client):
@@ -569,6 +570,10 @@ def test_all_that_failed_are_retried_once(serve, upstream):
     assert client.post("/tasks/retry").json == {"retried": 0}
     wait_until(lambda: len(upstream.calls) == 8)
     assert upstream.prompts()[-4:] == ["p0", "p1", "p2", "other"]
+    tasks = {task["id"]: task for task in client.get("/tasks").json["tasks"]}
+    retries = [task for task in tasks.values() if task["retry_of"]]
+    assert len(retries) == 4
+    assert all(tasks[task["retry_of"]]["retried_as"] == task["id"] for task in retries)
 
 
 def test_what_fails_meanwhile_is_not_retried_for_ever(app, client, upstream, monkeypatch):
