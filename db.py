@@ -39,6 +39,9 @@ from records import (
 )
 
 POSITIONS = 1000
+# Calls are counted for so many models, and for all others together, by a name that none can have.
+MAX_COUNTED_MODELS = 100
+OTHER_MODELS = "_other"
 _MAX_BATCH = 64
 KEY_SECONDS = 86400.0
 _Values = Sequence[Any] | Mapping[str, Any]
@@ -602,13 +605,14 @@ class Database:
         """Read the numbers that are for gauges only."""
         with self._read() as connection:
             counts = connection.rows("SELECT status, error_code, tasks FROM counts")
+            calls = connection.rows("SELECT model, calls FROM calls_by_model")
             buckets = connection.rows("SELECT le, calls FROM buckets ORDER BY le")
             totals = connection.rows("SELECT upstream_seconds, image_bytes FROM queue")
         statuses: Counter[str] = Counter()
         for status, _, tasks in counts:
             statuses[status] += tasks
         failures = {code: tasks for status, code, tasks in counts if status == "failed"}
-        return Stats(statuses, failures, tuple(buckets), *totals[0])
+        return Stats(statuses, failures, dict(calls), tuple(buckets), *totals[0])
 
     def check_counts(self) -> bool:
         """Count the tasks anew; return whether the counts were right, which they are then."""
@@ -993,7 +997,7 @@ def _cancel(now: float) -> dict[str, Any]:
 
 
 def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
-    connection.execute(
+    cursor = connection.execute(
         """UPDATE calls SET outcome = ?, sent = ?, seconds = ?, http_status = ?, invocation_id = ?
            WHERE task = ? AND number = ? AND outcome IS NULL""",
         (
@@ -1001,6 +1005,9 @@ def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
             *(task.id, task.calls),
         ),
     )
+    # A connection that was never made has sent nothing.
+    if cursor.rowcount and (end.reply.status or end.outcome != "unavailable"):
+        _count_call(connection, task.model)
     if end.seconds is not None:
         connection.execute("UPDATE buckets SET calls = calls + 1 WHERE le >= ?", (end.seconds,))
         connection.execute(
@@ -1011,6 +1018,17 @@ def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
             "UPDATE queue SET quota_total = ?, quota_used = ?, quota_remaining = ?",
             end.reply.quota,
         )
+
+
+def _count_call(connection: _Connection, model: str) -> None:
+    connection.execute(
+        """INSERT INTO calls_by_model (model, calls)
+           SELECT CASE WHEN EXISTS (SELECT 1 FROM calls_by_model WHERE model = :model)
+                       OR count(*) < :maximum THEN :model ELSE :others END, 1
+           FROM calls_by_model WHERE true
+           ON CONFLICT (model) DO UPDATE SET calls = calls + 1""",
+        {"model": model, "maximum": MAX_COUNTED_MODELS, "others": OTHER_MODELS},
+    )
 
 
 def _end_attempt(connection: _Connection, task: Task, end: Ending, now: float) -> bool:

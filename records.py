@@ -155,11 +155,13 @@ class Queue:
 class Stats:
     """Numbers of all processes since the first start; only tasks and failures can shrink.
 
-    `buckets` are upper bounds in seconds, and how many calls took at most that long.
+    `calls` are those that were sent and have ended, by model. `buckets` are upper bounds in
+    seconds, and how many calls took at most that long.
     """
 
     tasks: dict[str, int]
     failures: dict[str, int]
+    calls: dict[str, int]
     buckets: tuple[tuple[float, int], ...]
     upstream_seconds: float
     image_bytes: int

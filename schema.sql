@@ -177,3 +177,7 @@ END;
 
 ALTER TABLE tasks ADD COLUMN retry_of TEXT;
 UPDATE tasks SET retry_of = old.id FROM tasks AS old WHERE old.retried_as = tasks.id;
+
+-- How many calls were ever sent, by model: kept when their tasks are deleted, of so many models
+-- that a list of them stays short.
+CREATE TABLE calls_by_model (model TEXT PRIMARY KEY, calls INTEGER NOT NULL) STRICT, WITHOUT ROWID;

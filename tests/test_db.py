@@ -12,6 +12,7 @@ import pytest
 import rows
 from conftest import wait_until
 
+import db
 from db import Database, DatabaseError
 from records import (
     ALL_MODELS,
@@ -875,6 +876,36 @@ def test_seconds_of_calls_add_up(database):
         task = database.claim(1_790_000_000.0)
         database.finish(task, Ending("storage", "failed", seconds=5.0), 1_790_000_005.0)
     assert database.stats().upstream_seconds == 10.0
+
+
+def call(database, model, end, name="a"):
+    add(database, name, model=model)
+    task = database.claim(NOW)
+    assert database.finish(task, end, NOW)
+    assert not database.finish(task, end, NOW)
+    return task
+
+
+def test_a_call_is_counted_once_if_it_was_sent(database):
+    unsent = replace(held("x"), hold=None)
+    call(database, "x", unsent)
+    assert database.stats().calls == {}
+    task = database.claim(NOW)
+    database.finish(task, replace(unsent, reply=Reply(429)), NOW)
+    assert database.stats().calls == {"x": 1}
+    task = database.claim(NOW)
+    database.finish(task, COMPLETED, NOW)
+    database.delete("a", 0)
+    assert database.stats().calls == {"x": 2}
+
+
+def test_calls_are_counted_by_so_many_models_and_by_others_together(database):
+    for n in range(db.MAX_COUNTED_MODELS + 2):
+        call(database, f"m{n}", FAILED, name=f"t{n}")
+    call(database, "m7", FAILED, name="again")
+    calls = database.stats().calls
+    assert len(calls) == db.MAX_COUNTED_MODELS + 1
+    assert (calls["m7"], calls["m99"], calls[db.OTHER_MODELS]) == (2, 1, 2)
 
 
 def test_a_slow_call_is_in_no_bucket_below_it(database):

@@ -1,7 +1,7 @@
 """How it goes: whether the process lives, whether it can serve, and numbers for Prometheus."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from flask import Blueprint, Response
 from prometheus_client import core
@@ -16,6 +16,8 @@ from web import answers
 from web.errors import Refusal
 from web.openapi import operation
 from web.service import service
+
+_QUOTA = ("total", "used", "remaining")
 
 bp = Blueprint("health", __name__)
 
@@ -80,6 +82,15 @@ class _Collector(Collector):
         yield _gauge("oldest_pending_seconds", "Age of the task that waits longest.", age)
         yield _gauge("held_models", "Holds of models, or of all.", len(queue.holds))
         yield _gauge("paused", "1 while the queue is paused.", queue.paused)
+        yield _gauge("calls_today", "Calls to Chutes since 00:00 UTC.", queue.calls_today)
+        quota = dict(zip(_QUOTA, queue.quota or (), strict=False))
+        yield _by_label("quota", "Chutes' quota, as last reported.", "kind", tuple(quota), quota)
+        calls = core.CounterMetricFamily(
+            "image_proxy_calls", "Calls to Chutes that have ended, by model.", labels=["model"]
+        )
+        for model, count in stats.calls.items():
+            calls.add_metric([model], count)
+        yield calls
         yield core.HistogramMetricFamily(
             "image_proxy_upstream_seconds",
             "Seconds that calls to Chutes took.",
@@ -96,7 +107,7 @@ def _gauge(name: str, text: str, value: float) -> core.Metric:
 
 
 def _by_label(
-    name: str, text: str, label: str, words: tuple[str, ...], counts: dict[str, int]
+    name: str, text: str, label: str, words: tuple[str, ...], counts: Mapping[str, float]
 ) -> core.Metric:
     family = core.GaugeMetricFamily(f"image_proxy_{name}", text, labels=[label])
     for word in words:

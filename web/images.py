@@ -109,13 +109,7 @@ def _archived(stream: ZipStream, task_id: str, is_there: bool) -> dict[str, Any]
         task = _completed(task_id)
         if is_there:
             raise Refusal(409, "The task is named twice; its picture is there once")
-        path = image_path(service.config, task)
-        try:
-            is_whole = path.stat().st_size == task.bytes
-        except OSError as error:
-            raise _gone(task) from error
-        if not is_whole:
-            raise _gone(task)
+        path = _path(task)
     except Refusal as refusal:
         return {"id": task_id, "missing": str(refusal)}
     stream.add_path(path, path.name, recurse=False)

@@ -181,6 +181,23 @@ def test_the_totals_outlive_a_restart_and_a_deleted_task(app):
     assert found[("image_proxy_upstream_seconds_count",)] == 1
 
 
+def test_the_calls_and_the_quota_are_told(app, upstream):
+    quota = {"Total": "300", "Used": "12.5", "Remaining": "287.5"}
+    headers = {f"X-Chutes-Quota-{name}": value for name, value in quota.items()}
+    assert not [key for key in numbers(app.client) if key[0] == "image_proxy_quota"]
+    upstream.decide = lambda fields: Answer(headers=headers)
+    ids = [finished(app.client, submit(app.client, model=model))["id"] for model in "xyx"]
+    for task_id in ids:
+        app.client.delete(f"/tasks/{task_id}")
+    app.restart()
+    found = numbers(app.client)
+    assert found[("image_proxy_calls_today",)] == 3
+    told = {key[1][1]: value for key, value in found.items() if key[0] == "image_proxy_quota"}
+    assert told == {"total": 300, "used": 12.5, "remaining": 287.5}
+    calls = {key[1]: value for key, value in found.items() if key[0] == "image_proxy_calls_total"}
+    assert calls == {("model", "x"): 2, ("model", "y"): 1}
+
+
 def test_a_held_model_is_counted(client, upstream):
     upstream.decide = lambda fields: refusal(429, "later")
     submit(client)
