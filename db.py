@@ -145,6 +145,9 @@ class Database:
                 try:
                     self._bring_up_to_date()
                     self._reader = self._connect()
+                    # Else the first use fails, where another program changes the schema before it.
+                    for connection in (self._writer, self._reader):
+                        connection.rows("SELECT rowid FROM prompts LIMIT 0")
                     self._files = list(map(_identity, self._paths))
                 except BaseException:
                     self._writer.close()
@@ -1006,7 +1009,7 @@ def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
         ),
     )
     # A connection that was never made has sent nothing.
-    if cursor.rowcount and (end.reply.status or end.outcome != "unavailable"):
+    if cursor.rowcount and end.sent:
         _count_call(connection, task.model)
     if end.seconds is not None:
         connection.execute("UPDATE buckets SET calls = calls + 1 WHERE le >= ?", (end.seconds,))

@@ -668,6 +668,16 @@ def test_a_database_of_others_is_left_alone(tmp_path):
     assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(path, before)]
 
 
+def test_a_table_of_others_that_comes_later_is_in_nobodys_way(tmp_path):
+    Database(tmp_path / "tasks.sqlite3").close()
+    database = Database(tmp_path / "tasks.sqlite3")
+    rows.write(database.path, "CREATE TABLE another_programs (x)")
+    add(database, "a")
+    rows.write(database.path, "VACUUM")
+    assert [task.id for task in database.list_tasks(None, None, None, 9, words="a")] == ["a"]
+    database.close()
+
+
 def test_a_file_that_is_no_database_is_named_as_such(tmp_path):
     path = tmp_path / "other.sqlite3"
     path.write_text("not a database at all, but long enough to look like one" * 100)
