@@ -17,6 +17,7 @@ from web.errors import Refusal
 from web.openapi import operation
 from web.service import service
 
+_TEXT = {"type": "string"}
 _QUOTA = ("total", "used", "remaining")
 
 bp = Blueprint("health", __name__)
@@ -40,7 +41,7 @@ def readyz() -> Response:
 
 
 @bp.get("/metrics")
-@operation({200: {"description": "Text", "content": {"text/plain": {}}}})
+@operation({200: {"description": "Text", "content": {"text/plain": {"schema": _TEXT}}}})
 def metrics() -> Response:
     """Read the numbers for Prometheus."""
     return Response(generate_latest(_Collector()), content_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -16,7 +16,7 @@ from images import ImageError
 from outputs import thumbnail_path, whole_image_path
 from records import Task
 from web.errors import Refusal
-from web.openapi import operation
+from web.openapi import OCTETS, binary, operation
 from web.params import ArchiveQuery, ImageQuery, get_task_or_404, query
 from web.service import service
 
@@ -40,7 +40,7 @@ bp = Blueprint("images", __name__)
 
 def _bytes(*content_types: str) -> dict[int, dict[str, Any]]:
     """Return what the document says of an answer that is an image, or a part of one."""
-    content: dict[str, Any] = {content_type: {} for content_type in content_types}
+    content = binary(*content_types)
     return {
         200: {"description": "The bytes", "content": content, "headers": _NAMED},
         206: {"description": "A part of the bytes", "content": content, "headers": _NAMED},
@@ -83,7 +83,13 @@ def thumbnail(task_id: str) -> Response:
 
 @bp.get("/images.zip")
 @operation(
-    {200: {"description": "The archive", "content": {"application/zip": {}}, "headers": _ATTACHED}},
+    {
+        200: {
+            "description": "The archive",
+            "content": binary("application/zip"),
+            "headers": _ATTACHED,
+        }
+    },
     query=ArchiveQuery,
 )
 def archive() -> Response:
@@ -100,7 +106,7 @@ def archive() -> Response:
         "Content-Disposition": 'attachment; filename="images.zip"',
         "X-Content-Type-Options": "nosniff",
     }
-    return Response(stream, headers=headers, content_type="application/zip")
+    return Response(stream, headers=headers, content_type=_type_asked_for("application/zip"))
 
 
 def _archived(stream: ZipStream, task_id: str, is_there: bool) -> dict[str, Any]:
@@ -172,10 +178,16 @@ def _send(
         )
     except FileNotFoundError as error:
         raise _gone(task) from error
+    response.content_type = _type_asked_for(response.content_type)
     response.headers["Content-Disposition"] = f'inline; filename="{plain_name}"'
     response.headers["Cache-Control"] = "private, max-age=31536000, immutable"
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
+
+
+def _type_asked_for(content_type: str) -> str:
+    """Return the true type, or that of any bytes to a client that accepts nothing else."""
+    return OCTETS if request.headers.get("Accept") == OCTETS else content_type
 
 
 def _part_asked_for(size: int) -> str | None:

@@ -1,6 +1,7 @@
 """The API document, OpenAPI 3.1, from what each route says beside itself, and from the models."""
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ def _parameter(name: str, place: str, description: str, schema: _Json, **more: A
     return {"name": name, "in": place, "description": description, "schema": schema, **more}
 
 
+# What a client that asks for nothing else is told the bytes are.
+OCTETS = "application/octet-stream"
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _UUID = {"type": "string", "format": "uuid"}
 _TASK_ID = _parameter("id", "path", "the task's id", _UUID, required=True, example=_ID)
@@ -89,11 +92,22 @@ class operation:
         return view
 
 
+_ANY = {"type": "object"}
+
+
+def binary(*content_types: str) -> _Json:
+    """Return the content of an answer that is bytes of these types, as the document has it."""
+    schema = {"type": "string", "format": "binary"}
+    return {content_type: {"schema": schema} for content_type in (*content_types, OCTETS)}
+
+
 bp = Blueprint("openapi", __name__)
 
 
 @bp.get("/openapi.json")
-@operation({200: {"description": "It", "content": {"application/json": {}}}}, public=True)
+@operation(
+    {200: {"description": "It", "content": {"application/json": {"schema": _ANY}}}}, public=True
+)
 def openapi() -> Response:
     """Read this document."""
     cache = current_app.extensions
@@ -111,11 +125,13 @@ def needs_key() -> bool:
 def document(app: Flask, config: Config) -> _Json:
     """Return the API document of an application, as it is set up."""
     paths: dict[str, _Json] = {}
+    tags: dict[str, str] = {}
     models: dict[tuple[type[BaseModel], Any], None] = {}
     for rule in app.url_map.iter_rules():
         view: Any = app.view_functions[rule.endpoint]
         path = re.sub(r"<(\w+:)?\w+>", "{id}", rule.rule)
         tag = rule.endpoint.partition(".")[0]
+        tags[tag] = (sys.modules[view.__module__].__doc__ or "").partition("\n")[0]
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             paths.setdefault(path, {})[method.lower()] = _describe(path, tag, view, config)
         for model in (view.operation.body, view.operation.answer, _error_model(path)):
@@ -126,6 +142,8 @@ def document(app: Flask, config: Config) -> _Json:
         "openapi": "3.1.0",
         "info": {"title": "Image proxy", "version": "1", "description": _DESCRIPTION},
         "servers": [{"url": config.public_url or "/"}],
+        "security": [{"bearer": []}, {"key": []}] if config.api_keys else [],
+        "tags": [{"name": name, "description": tags[name]} for name in sorted(tags)],
         "paths": paths,
         "components": {"schemas": _schemas(list(models), config)},
     }
@@ -134,7 +152,6 @@ def document(app: Flask, config: Config) -> _Json:
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
         }
-        spec["security"] = [{"bearer": []}, {"key": []}]
     return spec
 
 

@@ -26,6 +26,7 @@ _POLICY = (
 )
 # Swagger UI writes HTML by itself.
 _STRICT_POLICY = f"{_POLICY}; require-trusted-types-for 'script'; trusted-types 'none'"
+_TEXT = {"type": "string"}
 _HEADERS = {
     "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -39,7 +40,11 @@ bp = Blueprint("page", __name__)
 def _add(path: str, file: Path, kind: str, name: str, summary: str) -> None:
     policy = _POLICY if path.startswith("/docs") else _STRICT_POLICY
     headers = {"Content-Security-Policy": "nothing from another host", "ETag": ""}
-    there = {"description": "It", "content": {f"text/{kind}": {}}, "headers": headers}
+    there = {
+        "description": "It",
+        "content": {f"text/{kind}": {"schema": _TEXT}},
+        "headers": headers,
+    }
     unchanged = {"description": "The client has it", "headers": headers}
 
     @operation({200: there, 304: unchanged}, public=True, id=name)

@@ -41,6 +41,17 @@ def test_the_content_type_is_the_true_one(client, upstream, kind, type_):
     assert client.get(task["image"]["url"]).content_type == type_
 
 
+def test_a_client_that_accepts_nothing_but_bytes_is_told_that_they_are(client, made):
+    task, data = made
+    octets = "application/octet-stream"
+    for path in (f"/images/{task['id']}", f"/images/{task['id']}/thumbnail", "/images.zip?id=x"):
+        answer = client.get(path, headers={"Accept": octets})
+        assert (answer.status_code, answer.content_type) == (200, octets)
+        answer = client.get(path, headers={"Accept": f"*/*, {octets}"})
+        assert answer.content_type in ("image/jpeg", "image/webp", "application/zip")
+    assert client.get(f"/images/{task['id']}", headers={"Accept": octets}).data == data
+
+
 def test_head_tells_what_get_would(client, made):
     task, data = made
     answer = client.head(task["image"]["url"])
