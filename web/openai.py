@@ -66,12 +66,29 @@ def generations() -> Response:
 @operation(answers.OpenAIModels)
 def models() -> Response:
     """List the models, as OpenAI's API does."""
-    config, database = service.config, service.database
-    names = config.models or dict.fromkeys([config.default_model, *database.models()])
-    data = [
-        answers.OpenAIModel(id=name, object="model", created=0, owned_by="chutes") for name in names
-    ]
+    data = [_model(name) for name in _model_names()]
     return answers.OpenAIModels(object="list", data=data).response()
+
+
+@bp.get("/v1/models/<path:name>")
+@operation(answers.OpenAIModel)
+def model(name: str) -> Response:
+    """Look at one of the models, as OpenAI's API does."""
+    if name not in _model_names():
+        sentence = f"There is no model {name[:100]!a} here; GET /v1/models lists those that are"
+        raise Refusal(404, sentence, param="model", code="model_not_found")
+    return _model(name).response()
+
+
+def _model_names() -> list[str]:
+    config = service.config
+    if config.models:
+        return list(config.models)
+    return list(dict.fromkeys([config.default_model, *service.database.models()]))
+
+
+def _model(name: str) -> answers.OpenAIModel:
+    return answers.OpenAIModel(id=name, object="model", created=0, owned_by="chutes")
 
 
 def _wait(ids: list[str], until: float) -> list[Task | None]:

@@ -30,6 +30,8 @@ def _parameter(name: str, place: str, description: str, schema: _Json, **more: A
 OCTETS = "application/octet-stream"
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _UUID = {"type": "string", "format": "uuid"}
+_NAME = {"type": "string", "pattern": f"^{model_rule(one_label=False)[0]}$"}
+_MODEL = _parameter("id", "path", "the model's name", _NAME, required=True)
 _TASK_ID = _parameter("id", "path", "the task's id", _UUID, required=True, example=_ID)
 _IDEMPOTENCY_KEY = _parameter(
     "Idempotency-Key",
@@ -42,12 +44,12 @@ _ERRORS = {
     400: "A fault in the request, which is named",
     401: "A key is needed",
     403: "The page, or the name of the host, is not this server's",
-    404: "There is no such task",
+    404: "There is no such task, or no such model",
     405: "Another method is needed",
     409: "The task is in another state",
     410: "The picture's file is no longer there, or no longer whole",
     413: "The body is larger than 1 MiB",
-    415: "The body is declared as something other than JSON",
+    415: "The body is declared as something other than JSON, or is compressed",
     416: "The range is beyond the end of the picture",
     422: "The Idempotency-Key came with another request before",
     429: "MAX_PENDING tasks are pending",
@@ -174,7 +176,7 @@ def _describe(path: str, tag: str, view: Any, config: Config) -> _Json:
 
 def _parameters(path: str, op: operation) -> Iterator[_Json]:
     if "{id}" in path:
-        yield _TASK_ID
+        yield _MODEL if path.startswith(OPENAI_PREFIX) else _TASK_ID
     if op.query:
         yield from _query(op.query)
     for name, text in op.headers.items():

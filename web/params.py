@@ -92,6 +92,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def json_body() -> bytes:
     """Return the body, which is declared as JSON, as a form or not at all, or refuse it."""
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        advice = "send it as it is, without Content-Encoding"
+        raise Refusal(415, f"The body is encoded as {encoding[:100]}; {advice}")
     declared = request.mimetype
     if declared and declared != _FORM and not request.is_json:
         advice = "send JSON, with Content-Type: application/json"

@@ -21,6 +21,13 @@ OPENAI_MODEL = r"((chat)?gpt-image|dall-e)(-[A-Za-z0-9._-]{0,80})?"
 _SIDE = "(12[89]|1[3-9][0-9]|[2-9][0-9][0-9]|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 _SIZE = rf"^((auto)?|{_SIDE}x{_SIDE})$"
 _SIZE_RULE = "auto, or WIDTHxHEIGHT, each from 128 to 2048"
+# What other programs call them, and what is no field of a request for one image.
+_HINTS = {
+    "steps": "did you mean num_inference_steps?",
+    "cfg_scale": "did you mean guidance_scale?",
+    "size": "use width and height",
+    "n": "one task makes one image; send it n times",
+}
 _STREAM_RULE = "false: images come whole here"
 _Format = Literal["b64_json", "url"]
 
@@ -200,7 +207,9 @@ def _sentence(violation: ErrorDetails, kind: type[Generate]) -> str:
     name = str(violation["loc"][0])
     if violation["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name[:100].lower(), Generate.model_fields, n=1)
-        return f"{_shown(name)} is not a field{f'; did you mean {close[0]}?' if close else ''}"
+        nearest = f"did you mean {close[0]}?" if close else ""
+        hint = _HINTS.get(name.lower(), nearest)
+        return f"{_shown(name)} is not a field{f'; {hint}' if hint else ''}"
     if violation["type"] == "value_error":
         return f"{name} {violation['ctx']['error']}"
     rule = kind.model_fields[name].description

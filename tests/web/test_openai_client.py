@@ -345,6 +345,11 @@ def test_the_models_are_those_that_are_allowed(start):
     server, _ = start(MODELS="qwen-image, x/y")
     with openai_client(server) as client:
         assert [model.id for model in client.models.list()] == ["qwen-image", "x/y"]
+        one = client.models.retrieve("x/y")
+        assert one == list(client.models.list())[1]
+        with pytest.raises(openai.NotFoundError, match="no model 'z' here") as missing:
+            client.models.retrieve("z")
+        assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
         with pytest.raises(openai.BadRequestError, match="qwen-image, x/y") as error:
             client.images.generate(prompt=PROMPT, model="z")
         assert error.value.param == "model"

@@ -1,5 +1,6 @@
 """Values out of a request: its body, its query and its headers."""
 
+import gzip
 import io
 import json
 
@@ -84,6 +85,26 @@ def test_a_body_declared_as_something_else_is_refused(client, declared):
     assert answer.status_code == 415
     assert declared in answer.json["error"]
     assert "application/json" in answer.json["error"]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+def test_a_compressed_body_is_refused(client, path):
+    body = gzip.compress(json.dumps({"prompt": PROMPT}).encode())
+    for encoding in ("gzip", "br", "GZIP"):
+        answer = client.post(
+            path,
+            data=body,
+            content_type="application/json",
+            headers={"Content-Encoding": encoding},
+        )
+        assert answer.status_code == 415
+        assert f"encoded as {encoding.lower()}; send it as it is" in answer.text
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_a_body_may_be_said_to_be_as_it_is(client, encoding):
+    headers = {"Content-Encoding": encoding}
+    assert client.post("/generate", json={"prompt": PROMPT}, headers=headers).status_code == 202
 
 
 @pytest.mark.parametrize("chunked", [False, True])
