@@ -28,11 +28,18 @@ def _parameter(name: str, place: str, description: str, schema: _Json, **more: A
 
 # What a client that asks for nothing else is told the bytes are.
 OCTETS = "application/octet-stream"
+
+
+def path_parameter(description: str, schema: _Json, example: str) -> _Json:
+    """Return what the document says of the one part of a path that varies."""
+    return _parameter("id", "path", description, schema, required=True, example=example)
+
+
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _UUID = {"type": "string", "format": "uuid"}
 _NAME = {"type": "string", "pattern": f"^{model_rule(one_label=False)[0]}$"}
 _MODEL = _parameter("id", "path", "the model's name", _NAME, required=True)
-_TASK_ID = _parameter("id", "path", "the task's id", _UUID, required=True, example=_ID)
+_TASK_ID = path_parameter("the task's id", _UUID, _ID)
 _IDEMPOTENCY_KEY = _parameter(
     "Idempotency-Key",
     "header",
@@ -44,7 +51,7 @@ _ERRORS = {
     400: "A fault in the request, which is named",
     401: "A key is needed",
     403: "The page, or the name of the host, is not this server's",
-    404: "There is no such task, or no such model",
+    404: "There is no such task, model or file",
     405: "Another method is needed",
     409: "The task is in another state",
     410: "The picture's file is no longer there, or no longer whole",
@@ -77,7 +84,7 @@ class operation:
     `errors` are the statuses of refusals beside those of every route, and of every one with an
     id, a query or a body. `headers` are those that a request may have. An `idempotent` route
     takes an Idempotency-Key; a `public` one needs no key of API_KEYS. `id` is for a view of
-    another name.
+    another name, `path` says what the part of the path is that varies.
     """
 
     answer: type[Answer] | dict[int, _Json]
@@ -88,6 +95,7 @@ class operation:
     idempotent: bool = False
     public: bool = False
     id: str = ""
+    path: _Json = field(default_factory=lambda: _TASK_ID)
 
     def __call__(self, view: View) -> View:
         view.operation = self  # type: ignore[attr-defined]
@@ -176,7 +184,7 @@ def _describe(path: str, tag: str, view: Any, config: Config) -> _Json:
 
 def _parameters(path: str, op: operation) -> Iterator[_Json]:
     if "{id}" in path:
-        yield _MODEL if path.startswith(OPENAI_PREFIX) else _TASK_ID
+        yield _MODEL if path.startswith(OPENAI_PREFIX) else op.path
     if op.query:
         yield from _query(op.query)
     for name, text in op.headers.items():

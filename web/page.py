@@ -4,8 +4,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from flask import Blueprint, Response, send_file
+from werkzeug.exceptions import NotFound
 
-from web.openapi import operation
+from web.openapi import operation, path_parameter
 
 _OURS = Path(__file__).resolve().parent / "static"
 # The package's own page would hold a script, which the policy would have to name.
@@ -14,11 +15,14 @@ _FILES = (
     ("/", _OURS / "index.html", "html", "page", "Look at the page"),
     ("/page.css", _OURS / "page.css", "css", "stylesheet", "Read how it looks"),
     ("/page.js", _OURS / "page.js", "javascript", "script", "Read what it does"),
+    ("/page/<name>", _OURS / "page", "javascript", "modules", "Read a module of it"),
     ("/docs", _OURS / "docs.html", "html", "docs", "Try out what this document says"),
     ("/docs/docs.js", _OURS / "docs.js", "javascript", "docsScript", "Read what starts it"),
     ("/docs/ui.css", _SWAGGER / "swagger-ui.css", "css", "docsStyle", "Read how it looks"),
     ("/docs/ui.js", _SWAGGER / "swagger-ui-bundle.js", "javascript", "docsUI", "Read what it does"),
 )
+_MODULES = sorted(file.name for file in (_OURS / "page").glob("*.js"))
+_MODULE = path_parameter("the name of the file", {"type": "string", "enum": _MODULES}, "api.js")
 # Nothing from another host, and nothing that is written into a page.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -37,7 +41,7 @@ _HEADERS = {
 bp = Blueprint("page", __name__)
 
 
-def _add(path: str, file: Path, kind: str, name: str, summary: str) -> None:
+def _add(path: str, file: Path, kind: str, id: str, summary: str) -> None:
     policy = _POLICY if path.startswith("/docs") else _STRICT_POLICY
     headers = {"Content-Security-Policy": "nothing from another host", "ETag": ""}
     there = {
@@ -47,14 +51,16 @@ def _add(path: str, file: Path, kind: str, name: str, summary: str) -> None:
     }
     unchanged = {"description": "The client has it", "headers": headers}
 
-    @operation({200: there, 304: unchanged}, public=True, id=name)
-    def send() -> Response:
-        response = send_file(file, f"text/{kind}", conditional=True)
+    @operation({200: there, 304: unchanged}, public=True, id=id, path=_MODULE)
+    def send(name: str = "") -> Response:
+        if name and name not in _MODULES:
+            raise NotFound
+        response = send_file(file / name, f"text/{kind}", conditional=True)
         response.headers.update({**_HEADERS, "Content-Security-Policy": policy})
         return response
 
     send.__doc__ = summary
-    bp.add_url_rule(path, name, send)
+    bp.add_url_rule(path, id, send)
 
 
 for _facts in _FILES:

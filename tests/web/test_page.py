@@ -1,9 +1,14 @@
 """The files of the page, and of the page of the API document: who may have them, and how."""
 
+from pathlib import Path
+
 import pytest
 from conftest import KEYS
 
-FILES = ["/", "/page.css", "/page.js"]
+from web import page
+
+MODULES = sorted(file.name for file in (Path(page.__file__).parent / "static/page").iterdir())
+FILES = ["/", "/page.css", "/page.js", *(f"/page/{name}" for name in MODULES)]
 DOCS = ["/docs", "/docs/ui.css", "/docs/ui.js", "/docs/docs.js"]
 
 
@@ -25,9 +30,15 @@ def test_the_files_need_no_key_and_let_nothing_in(serve, path):
 
 
 def test_the_files_are_typed(client):
-    kinds = ["html", "css", "javascript", "html", "css", "javascript", "javascript"]
-    types = [client.get(path).content_type for path in FILES + DOCS]
-    assert types == [f"text/{kind}; charset=utf-8" for kind in kinds]
+    kinds = {"/": "html", "/docs": "html", "/page.css": "css", "/docs/ui.css": "css"}
+    for path in FILES + DOCS:
+        kind = kinds.get(path, "javascript")
+        assert client.get(path).content_type == f"text/{kind}; charset=utf-8"
+
+
+@pytest.mark.parametrize("name", ["none.js", "..", "..%2Fpage.js", "../page.js", "%2e%2e/docs.js"])
+def test_no_other_file_is_a_module(client, name):
+    assert client.get(f"/page/{name}").status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", *DOCS])

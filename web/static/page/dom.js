@@ -1,0 +1,50 @@
+// Elements: how they are found, made and spoken of.
+
+export const $ = (id) => document.getElementById(id);
+
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+export function button(label, act, className = "small") {
+  const made = make("button", { type: "button", className, textContent: label });
+  if (act) made.addEventListener("click", () => act(made));
+  return made;
+}
+
+// The prompt of a task in a list, and what its buttons are about.
+export function named(row, prompt, task) {
+  prompt.id = `prompt-${task.id}`;
+  prompt.dir = "auto";
+  for (const one of row.children) one.setAttribute("aria-describedby", prompt.id);
+}
+
+// Deleting takes a second press, within a few seconds.
+export function askTwice(element, act) {
+  const label = element.textContent;
+  let timer = null;
+  element.calm = () => {
+    clearTimeout(timer);
+    timer = null;
+    element.textContent = label;
+  };
+  element.addEventListener("blur", element.calm);
+  element.addEventListener("click", (event) => {
+    if (event.detail > 1) return; // The second half of a double click.
+    if (timer === null) {
+      element.textContent = "Really delete?";
+      timer = setTimeout(element.calm, 5000);
+      return;
+    }
+    element.calm();
+    act();
+  });
+  return element;
+}
+
+export function say(text) {
+  $("live").append(make("p", { textContent: text }));
+  while ($("live").children.length > 3) $("live").firstChild.remove();
+}
