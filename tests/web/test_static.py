@@ -4,7 +4,9 @@ import re
 import shutil
 import threading
 from contextlib import contextmanager
+from datetime import datetime
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 import pytest
 import rows
@@ -15,7 +17,7 @@ from upstream import Answer, image_bytes, refusal
 from werkzeug.serving import make_server
 
 import images
-from records import Ending, NewTask
+from records import ERROR_CODES, Ending, NewTask
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -170,7 +172,7 @@ def add_pictures(site, folder, count):
         site.database.finish(task, Ending("completed", "completed", path=path, image=image), 1.8e9)
 
 
-pictures = "#pictures a"
+pictures = "#pictures a.image"
 expect.set_options(timeout=15_000)
 
 
@@ -193,7 +195,7 @@ def test_a_prompt_becomes_a_picture(site, visit, upstream):
     fill(page, prompt="a second one", model="")
     press(page, "Make the picture")
     waiting = page.locator("#unfinished li").nth(1)
-    expect(waiting).to_contain_text("Waits at place 1: all 1 places are busy")
+    expect(waiting).to_contain_text("Waiting, place 1: all 1 places are busy")
     expect(page.locator("#facts")).to_contain_text("1 of 1 running")
     expect(page.locator("#facts")).to_contain_text("1 waiting")
     expect(page).to_have_title("(2) Image proxy")
@@ -225,31 +227,79 @@ def test_the_time_that_a_task_runs_counts_up(site, visit, upstream):
     wait_until(lambda: page.wait_for_timeout(50) or seconds() > before)
 
 
-def test_a_fault_in_the_form_is_told_at_its_field(site, visit):
-    page = visit(site(), refusals=[400])
+def test_every_field_that_is_wrong_is_marked_in_the_words_of_its_label(site, visit, upstream):
+    page = visit(site())
     press(page, "Make the picture")
-    expect(page.locator("#make-error")).to_have_text("Prompt is required")
-    expect(page.locator("#prompt")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Prompt")
     expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#prompt")).to_have_accessible_description("Prompt must not be empty")
     page.locator("summary").click()
-    fill(page, prompt="p", seed="seven")
-    page.locator("summary").click()
-    press(page, "Make the picture")
-    expect(page.locator("#make-error")).to_have_text(
-        'seed must be an integer from 0 to 4294967295, not "seven"'
-    )
-    expect(page.locator("#seed")).to_be_focused()
-    expect(page.locator("#seed")).to_have_attribute("aria-describedby", "make-error")
-    fill(page, seed="7")
+    fill(page, prompt="p" * 10_001, seed="seven", guidance_scale="20,5", num_inference_steps="1.5")
     page.locator("#size").select_option("")
     fill(page, width="99999")
+    page.locator("summary").click()
     press(page, "Make the picture")
-    expect(page.locator("#width")).to_be_focused()
-    fill(page, width="640")
+    faults = {
+        "prompt": "Prompt must be at most 10,000 characters long",
+        "width": "Width must be a whole number from 128 to 2048",
+        "seed": "Seed must be a whole number from 0 to 4294967295",
+        "num_inference_steps": "Steps must be a whole number from 1 to 100",
+        "guidance_scale": "Guidance scale must be a number from 0 to 20",
+    }
+    expect(page.locator("[aria-invalid]")).to_have_count(len(faults))
+    for name, sentence in faults.items():
+        expect(page.locator(f"#{name}")).to_be_visible()
+        expect(page.locator(f"#{name}")).to_have_accessible_description(sentence)
+    labels = "Prompt, Width, Seed, Steps, Guidance scale"
+    expect(page.locator("#make-error")).to_have_text(f"Please correct: {labels}")
+    assert not [path for method, path, _ in page.asked if method == "POST"]
+    fill(page, prompt="p", seed="7", guidance_scale="7,25", num_inference_steps="15", width="640")
+    expect(page.locator("[aria-invalid]")).to_have_count(0)
     press(page, "Make the picture")
     expect(page.locator(pictures)).to_have_count(1)
     expect(page.locator("#make-error")).to_be_empty()
+    (call,) = upstream.calls
+    assert (call["guidance_scale"], call["num_inference_steps"]) == (7.25, 15)
+
+
+def test_what_the_server_refuses_is_told_in_the_words_of_the_labels_too(site, visit):
+    page = visit(site(MODELS="qwen-image"), refusals=[400])
+    fill(page, prompt="p", model="none")
+    press(page, "Make the picture")
+    expect(page.locator("#model")).to_be_focused()
+    expect(page.locator("#model")).to_have_accessible_description(
+        'Model must be one of qwen-image, not "none"'
+    )
+    several = "num_inference_steps must be less; width must be more; and 2 more"
+    page.route("**/generate", lambda route: route.fulfill(status=400, json={"error": several}))
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Steps, Width")
+    expect(page.locator("#num_inference_steps")).to_have_accessible_description(
+        "Steps must be less"
+    )
+    expect(page.locator("#width")).to_have_accessible_description("Width must be more; and 2 more")
+    page.unroute("**/generate")
+    whole = "The queue is full; try again later"
+    page.route("**/generate", lambda route: route.fulfill(status=400, json={"error": whole}))
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text(whole)
     expect(page.locator("[aria-invalid]")).to_have_count(0)
+
+
+def test_the_form_has_the_fields_and_the_rules_of_the_api(site, visit):
+    there = site()
+    page = visit(there)
+    fields = page.evaluate("import('/page/form.js').then((form) => form.FIELDS)")
+    schemas = there.client.get("/openapi.json").json["components"]["schemas"]
+    known = schemas["Generate"]["properties"]
+    assert {"prompt", "model", *fields} == set(known)
+    for name, rule in fields.items():
+        default = known[name].get("default")
+        assert rule.pop("default", None) == default, name
+        (told,) = [kind for kind in known[name]["anyOf"] if kind["type"] != "null"]
+        assert rule.items() <= told.items(), name
+    failures = page.evaluate("import('/page/words.js').then((words) => words.FAILURES)")
+    assert {*failures, "canceled"} == set(ERROR_CODES)
 
 
 def test_all_settings_are_sent(site, visit, upstream):
@@ -306,7 +356,7 @@ def test_a_failure_is_shown_with_its_reason_and_can_be_retried(site, visit, upst
     expect(failed).to_contain_text("Chutes refused the request (400): no such style")
     expect(page.locator("#live")).to_contain_text("Failed: a bad one")
     upstream.decide = lambda fields: Answer()
-    press(page, "Retry")
+    failed.get_by_role("button", name="Retry", exact=True).click()
     expect(page.locator(pictures)).to_have_count(1)
     expect(failed).to_contain_text("(It was retried.)")
     expect(failed.get_by_role("button", name="Retry", exact=True)).to_be_hidden()
@@ -324,8 +374,48 @@ def test_all_that_failed_can_be_retried_at_once(site, visit, upstream):
     expect(page.locator("#failed li")).to_have_count(7)
     upstream.decide = lambda fields: Answer()
     press(page, "Retry all")
+    expect(page.locator("#retry-all")).to_have_text("Really make 7 pictures again?")
+    assert len(upstream.calls) == 7
+    upstream.gate.clear()
+    page.locator("#retry-all").click()
+    expect(page.locator("#live")).to_contain_text("7 are made again")
+    upstream.gate.set()
     expect(page.locator(pictures)).to_have_count(7)
     expect(page.locator("#retry-all")).to_be_hidden()
+
+
+def canceled(site, prompt):
+    task_id = submit(site.client, prompt)
+    site.client.post(f"/tasks/{task_id}/cancel")
+    return task_id
+
+
+def test_what_was_canceled_is_no_failure(site, visit, upstream):
+    upstream.decide = lambda fields: refusal(400, "no")
+    there = site()
+    finished(there.client, submit(there.client, "a bad one"))
+    there.client.post("/queue/pause")
+    ids = [canceled(there, f"canceled {n}") for n in range(3)]
+    page = visit(there)
+    expect(page.locator("#failed li")).to_have_count(1)
+    press(page, "Retry all")
+    expect(page.locator("#retry-all")).to_have_text("Really make 1 picture again?")
+    page.goto(f"{there.address}/#{ids[0]}")
+    expect(page.locator("#large-state")).to_have_text("Canceled")
+    expect(page.locator("#frame")).not_to_have_class(re.compile("bad"))
+
+
+def test_a_failure_is_found_below_all_that_was_canceled(site, visit):
+    there = site()
+    ended = {"status": "failed", "error": "no", "created_at": "2026-05-28 00:00:00"}
+    codes = ["storage", "expired", *["canceled"] * 300]
+    rows.insert(
+        there.database.path,
+        "tasks",
+        [rows.task(f"task-{n}", **ended, error_code=code) for n, code in enumerate(codes)],
+    )
+    page = visit(there)
+    expect(page.locator("#failed li")).to_have_count(2)
 
 
 def test_a_running_task_is_canceled(site, visit, upstream):
@@ -335,8 +425,8 @@ def test_a_running_task_is_canceled(site, visit, upstream):
     page = visit(there)
     expect(page.locator("#unfinished")).to_contain_text("Running for")
     page.locator("#unfinished").get_by_role("button", name="Cancel").click()
-    expect(page.locator("#failed")).to_contain_text("A client canceled the task")
     expect(page.locator("#unfinished-part")).to_be_hidden()
+    expect(page.locator("#failed-part")).to_be_hidden()
     assert upstream.cut == ["to be canceled"]
     expect(page.locator("#make-title")).to_be_focused()
 
@@ -352,7 +442,7 @@ def test_a_waiting_task_is_canceled_and_focus_stays_near(site, visit, upstream):
     expect(cancel).to_have_accessible_description("waits")
     cancel.click()
     expect(page.locator("#unfinished li")).to_have_count(2)
-    expect(page.locator("#unfinished-title")).to_be_focused()
+    expect(page.locator("#unfinished li").nth(1).get_by_role("link")).to_be_focused()
     assert upstream.cut == []
 
 
@@ -386,6 +476,81 @@ def test_a_failed_task_is_deleted_by_the_second_press_only(site, visit, upstream
     assert len(there.client.get("/tasks").json["tasks"]) == 1
 
 
+# What was submitted here
+
+
+def send(page, prompt):
+    fill(page, prompt=prompt)
+    press(page, "Make the picture")
+
+
+followed = "#followed li"
+tiles = "#pictures a.words"
+
+
+def test_what_was_submitted_here_is_followed_to_its_picture(site, visit, upstream):
+    upstream.gate.clear()
+    page = visit(site(CONCURRENCY=1))
+    send(page, "runs")
+    expect(page.locator(followed)).to_contain_text(re.compile(r"runs\s*Running for \d+ s"))
+    send(page, "waits")
+    expect(page.locator(followed)).to_have_count(2)
+    expect(page.locator(followed).first).to_contain_text("Waiting, place 1: all 1 places are busy")
+    expect(page.locator(tiles)).to_have_count(2)
+    expect(page.locator(tiles).first).to_contain_text("waits")
+    expect(page.locator(tiles).last).to_contain_text("Running for")
+    page.locator(tiles).last.click()
+    expect(page.locator("#large-state")).to_contain_text("Running for")
+    expect(page.locator("#again")).to_be_hidden()
+    upstream.gate.set()
+    expect(page.locator("#large-image")).to_have_js_property("naturalWidth", 64)
+    expect(page.locator("#cancel")).to_be_hidden()
+    press(page, "Close")
+    expect(page.locator(tiles)).to_have_count(0)
+    expect(page.locator(pictures)).to_have_count(2)
+    expect(page.locator("#pictures .running")).to_have_count(0)
+    expect(page.locator(f"{followed} .state")).to_have_text(["Done", "Done"])
+    expect(page.locator(f"{followed} img").first).to_have_js_property("naturalWidth", 64)
+    send(page, "another")
+    expect(page.locator(followed)).to_have_count(1)
+
+
+def test_what_was_submitted_here_and_failed_says_why_until_it_is_dismissed(site, visit, upstream):
+    upstream.decide = lambda f: Answer() if f["prompt"] == "good" else refusal(400, "no such style")
+    page = visit(site())
+    send(page, "bad")
+    reason = "Chutes refused the request (400): no such style"
+    expect(page.locator(followed)).to_contain_text(reason)
+    send(page, "good")
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(page.locator(followed)).to_have_count(2)
+    page.reload()
+    expect(page.locator(followed)).to_have_count(1)
+    expect(page.locator(followed)).to_contain_text(reason)
+    page.locator(followed).get_by_role("button", name="Use again").click()
+    expect(page.locator("#prompt")).to_have_value("bad")
+    upstream.decide = lambda fields: Answer()
+    page.locator(followed).get_by_role("button", name="Retry").click()
+    expect(page.locator(f"{followed} .state")).to_have_text("Done")
+    expect(page.locator(pictures)).to_have_count(2)
+    page.locator(followed).get_by_role("button", name="Dismiss").click()
+    expect(page.locator(followed)).to_have_count(0)
+
+
+def test_what_was_submitted_here_is_followed_from_far_behind(site, visit, upstream):
+    there = site()
+    there.client.post("/queue/pause")
+    for n in range(25):
+        submit(there.client, f"earlier {n}")
+    page = visit(there)
+    send(page, "mine")
+    expect(page.locator(followed)).to_contain_text("Waiting, place 26: the queue is paused")
+    page.locator(followed).get_by_role("button", name="Cancel").click()
+    expect(page.locator(f"{followed} .state")).to_have_text("Canceled")
+    expect(page.locator(followed)).not_to_have_class(re.compile("bad"))
+    expect(page.locator("#failed-part")).to_be_hidden()
+
+
 # A picture, large
 
 
@@ -403,8 +568,8 @@ def test_a_picture_is_large_with_its_settings_and_calls(site, visit, upstream):
     expect(page.locator("#settings")).to_contain_text("Seed")
     calls = page.locator("#calls li")
     expect(calls).to_have_count(2)
-    expect(calls.nth(0)).to_contain_text("upstream_error, HTTP 500")
-    expect(calls.nth(1)).to_contain_text("completed, HTTP 200")
+    expect(calls.nth(0)).to_contain_text("Chutes failed, HTTP 500")
+    expect(calls.nth(1)).to_contain_text("Completed, HTTP 200")
     expect(page.locator("#large-image")).to_have_js_property("naturalWidth", 300)
     with page.expect_download() as download:
         dialog.get_by_role("link", name="Download").click()
@@ -446,6 +611,29 @@ def test_settings_are_copied_back_into_the_form(site, visit, upstream):
     assert there.client.get("/tasks").json["tasks"][0]["priority"] == -5
 
 
+def test_what_was_not_asked_for_is_not_put_into_the_form(site, visit):
+    there = site()
+    make_one(there)
+    page = visit(there)
+    page.locator("summary").click()
+    fill(page, model="FLUX.1-dev", seed="7", guidance_scale="3", priority="1")
+    page.locator("#size").select_option("")
+    fill(page, width="640")
+    page.locator("summary").click()
+    page.locator(pictures).click()
+    expect(page.locator("#settings")).to_contain_text("7.5")
+    press(page, "Use again")
+    expect(page.locator("#prompt")).to_have_value(PROMPT)
+    values = page.locator("#make :is(input, select, textarea):not(#prompt)").evaluate_all(
+        "all => Object.fromEntries(all.map((one) => [one.id, one.value]))"
+    )
+    assert values.pop("size") == "1024x1024"
+    assert len(values) == 9
+    assert set(values.values()) == {""}
+    expect(page.locator("#seed")).to_be_hidden()
+    expect(page.locator("#width")).to_be_hidden()
+
+
 def test_a_picture_is_made_again_and_deleted(site, visit, tmp_path):
     there = site()
     task_id = make_one(there)
@@ -469,7 +657,7 @@ def test_a_picture_whose_file_is_gone_is_said_to_be(site, visit, tmp_path):
     page = visit(there, refusals=[410])
     expect(page.locator(pictures)).to_contain_text(f"Cannot be shown: {PROMPT}")
     page.locator(pictures).click()
-    expect(page.locator("#large-fault")).to_contain_text("its file may be gone")
+    expect(page.locator("#large-state")).to_contain_text("its file is gone")
     expect(page.locator("#download")).to_be_hidden()
 
 
@@ -566,7 +754,7 @@ def test_a_broken_answer_keeps_the_key_of_its_request(site, visit, upstream):
     press(page, "Make the picture")
     expect(page.locator("#make-error")).to_contain_text("202")
     press(page, "Make the picture")
-    expect(page.locator("#make-note")).to_have_text("It is in the queue.")
+    expect(page.locator("#followed li")).to_have_count(1)
     expect(page.locator(pictures)).to_have_count(1)
     assert len(upstream.calls) == 1
 
@@ -643,6 +831,116 @@ def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, up
 # The queue
 
 
+# Notes all that a person could see, after each change of the page.
+RECORD = """
+window.seen = [];
+const look = () => document.querySelector("#facts b") && window.seen.push({
+  running: Number(document.querySelectorAll("#facts b")[0].textContent),
+  waiting: Number(document.querySelectorAll("#facts b")[1].textContent),
+  listed: [...document.querySelectorAll("#unfinished li")].map((item) => item.className),
+  tiles: document.querySelectorAll("#pictures li").length,
+});
+new MutationObserver(look).observe(document, { childList: true, subtree: true });
+"""
+
+
+def test_what_is_shown_was_true_at_one_instant(site, visit, upstream):
+    upstream.gate.clear()
+    there = site()
+    there.client.post("/queue/pause")
+    submit(there.client)
+    queue = lambda: there.client.get("/queue").json  # noqa: E731
+
+    def start_first(route):
+        there.client.post("/queue/resume")
+        wait_until(lambda: queue()["processing"] == 1)
+        route.continue_()
+
+    def end_first(route):
+        upstream.gate.set()
+        wait_until(lambda: queue()["processing"] == 0)
+        route.continue_()
+
+    def before(page):
+        page.add_init_script(RECORD)
+        page.route("**/tasks?status=pending*", start_first, times=1)
+
+    page = visit(there, before=before)
+    expect(page.locator("#unfinished .running")).to_have_count(1)
+    page.route("**/tasks?status=completed*", end_first, times=1)
+    submit(there.client)
+    look_again(page)
+    expect(page.locator(pictures)).to_have_count(2)
+    expect(page.locator("#unfinished-part")).to_be_hidden()
+    seen = page.evaluate("window.seen")
+    assert seen[-1] == {"running": 0, "waiting": 0, "listed": [], "tiles": 2}
+    for one in seen:
+        listed = one["listed"]
+        assert len([words for words in listed if "running" in words]) == one["running"], one
+        assert len(listed) == one["running"] + one["waiting"], one
+
+
+def test_the_next_of_a_long_queue_are_shown_and_more_on_demand(site, visit, upstream):
+    there = site()
+    there.client.post("/queue/pause")
+    for n in range(75):
+        submit(there.client, f"number {n}")
+    submit(there.client, "in a hurry", priority=5)
+    page = visit(there)
+    listed = page.locator("#unfinished .prompt")
+    expect(listed).to_have_text(["in a hurry", *(f"number {n}" for n in range(19))])
+    expect(page.locator("#unfinished-more")).to_have_text("56 wait after these")
+    press(page, "Show more")
+    expect(listed).to_have_count(60)
+    expect(page.locator("#unfinished-more")).to_have_text("16 wait after these")
+    press(page, "Show more")
+    expect(listed).to_have_count(76)
+    expect(page.locator("#unfinished-more")).to_be_empty()
+    expect(page.locator("#pending-more")).to_be_hidden()
+
+
+def test_all_that_waits_is_canceled_by_the_second_press_only(site, visit, upstream):
+    there = site()
+    there.client.post("/queue/pause")
+    for n in range(30):
+        submit(there.client, f"number {n}", model="other" if n % 3 == 0 else None)
+    page = visit(there)
+    pending = lambda: there.client.get("/queue").json["pending"]  # noqa: E731
+    page.locator("#cancel-model").select_option("other")
+    button = page.locator("#cancel-all")
+    button.click()
+    expect(button).to_have_text("Really cancel all of other?")
+    assert pending() == 30
+    button.click()
+    expect(page.locator("#live")).to_contain_text("10 canceled")
+    expect(page.locator("#facts")).to_contain_text("20 waiting")
+    page.locator("#cancel-model").select_option("")
+    button.click()
+    expect(button).to_have_text("Really cancel all 20?")
+    button.click()
+    expect(page.locator("#unfinished-part")).to_be_hidden()
+    expect(page.locator("#failed-part")).to_be_hidden()
+    assert pending() == 0
+
+
+def test_all_times_are_in_the_zone_of_the_reader(site, visit, upstream):
+    upstream.decide = lambda f: refusal(429, "later") if f.get("seed") else Answer()
+    there = site(RETRY_BACKOFF=60)
+    make_one(there)
+    held = submit(there.client, seed=1)
+    wait_until(lambda: there.client.get("/queue").json["held"])
+    until = there.client.get("/queue").json["held"][0]["until"]
+    page = visit(there, timezone_id="Pacific/Kiritimati", locale="en-GB")
+    moment = datetime.fromisoformat(f"{until}+00:00").astimezone(ZoneInfo("Pacific/Kiritimati"))
+    time = f"{moment:%H:%M:%S}"
+    assert time not in until
+    expect(page.locator("#unfinished li")).to_contain_text(f"next try at {time}")
+    expect(page.locator("#notices")).to_contain_text(f"next try at {time}")
+    page.goto(f"{there.address}/#{held}")
+    expect(page.locator("#large-state")).to_contain_text(f"next try at {time}")
+    assert "UTC" not in page.locator("body").inner_text()
+
+
 def test_the_queue_is_paused_and_resumed(site, visit, upstream):
     there = site()
     page = visit(there)
@@ -666,7 +964,7 @@ def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, 
     wait_until(lambda: there.client.get("/queue").json["held"])
     look_again(page)
     notices = page.locator("#notices")
-    expect(notices).to_contain_text("Held: Chutes has no free capacity for busy; next try at")
+    expect(notices).to_contain_text("On hold: Chutes has no free capacity for busy; next try at")
     expect(page.locator("#unfinished")).to_contain_text("Chutes has no free capacity for busy")
     finished(there.client, submit(there.client, seed=0))
     expect(notices).to_contain_text("Paused: Chutes refused the API token (401)")
@@ -696,6 +994,25 @@ def test_a_server_that_is_away_is_told_and_found_again(site, visit):
     look_again(page)
     expect(page.locator(pictures)).to_have_count(1)
     expect(page.locator("#notices")).to_be_empty()
+    assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
+    page.faults.clear()
+
+
+def test_a_picture_of_a_server_that_is_away_is_not_called_gone(site, visit):
+    there = site()
+    make_one(there)
+    page = visit(there)
+    expect(page.locator(pictures)).to_have_count(1)
+    page.route("**/*", lambda route: route.abort())
+    page.locator(pictures).click()
+    state = page.locator("#large-state")
+    expect(state).to_contain_text("The server does not answer. The picture is shown as soon as")
+    expect(page.locator("#large-error")).to_have_text("The server does not answer")
+    page.unroute("**/*")
+    expect(page.locator("#large-image")).to_have_js_property("naturalWidth", 64)
+    expect(state).to_be_empty()
+    expect(page.locator("#calls li")).to_have_count(1)
+    expect(page.locator("#large-error")).to_be_empty()
     assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
     page.faults.clear()
 

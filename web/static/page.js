@@ -2,18 +2,26 @@
 
 import { api, waitFor, WAIT_SECONDS } from "./page/api.js";
 import { $, say } from "./page/dom.js";
-import { atEnd, renderGallery } from "./page/gallery.js";
+import { renderFollowed } from "./page/followed.js";
+import { offerModels } from "./page/form.js";
+import {
+  atEnd, newestPath, renderGallery, showAgain, showEnded, showNewest,
+} from "./page/gallery.js";
 import { renderQueue, tellAway } from "./page/queue.js";
-import { awaited, beCalm, isPoked, known, LATEST_MS, poke, sleep } from "./page/state.js";
-import { renderTasks } from "./page/tasks.js";
-import { openHash } from "./page/viewer.js";
+import {
+  awaited, beCalm, isFailure, isPoked, isUnfinished, known, LATEST_MS, poke, sleep,
+} from "./page/state.js";
+import { listFailed, renderTasks } from "./page/tasks.js";
+import { openHash, renderOpened, reopen } from "./page/viewer.js";
+import { inLocalTime } from "./page/words.js";
 
 const IDLE_MS = 4_000; // Between two looks while nothing is under way,
 const HIDDEN_MS = 60_000; // and in a tab that nobody sees.
 const AGAIN_MS = 3_000; // After a look that failed.
 const SOON_MS = 500; // While a task is about to start.
-const PENDING_SHOWN = 20;
-const PICTURES_STEP = 40;
+const LOOKS = 5; // So often at most, until all answers are of one instant.
+const MOST_RUNNING = 100; // More than CONCURRENCY may be.
+const MOST_SOUGHT = 10; // Tasks at one look that are in no list.
 
 async function watch() {
   for (;;) {
@@ -32,10 +40,9 @@ async function watch() {
 
 async function pauseAfterLook() {
   if (document.hidden) return sleep(HIDDEN_MS);
-  const [task] = known.unfinished;
-  const isStarting = task?.waiting_for?.startsWith("it is about to start");
-  if (isStarting) return sleep(SOON_MS);
-  if (task?.status !== "processing") return sleep(IDLE_MS);
+  const [task] = known.running;
+  if (known.pending[0]?.waiting_for?.startsWith("it is about to start")) return sleep(SOON_MS);
+  if (!task) return sleep(IDLE_MS);
   const began = performance.now();
   const seen = isPoked ? null : await waitFor(task);
   // The server answers at once where too many wait; then this page must not ask at once, too.
@@ -43,78 +50,85 @@ async function pauseAfterLook() {
   if (seen && isUnfinished(seen) && left > 0) await sleep(left);
 }
 
-const isUnfinished = (task) => task.status === "pending" || task.status === "processing";
-
 async function look() {
-  const before = known.unfinished;
-  const queue = await api("GET", "/queue");
-  // In the order that a task takes, so that none slips through between two answers.
-  const isBusy = queue.pending || queue.processing;
-  const pending = isBusy ? await listed("pending", PENDING_SHOWN) : [];
-  const running = isBusy ? await listed("processing", 100) : [];
-  const started = new Set(running.map((task) => task.id));
-  const waiting = pending.filter((task) => !started.has(task.id));
-  const place = (task) => task.queue_position ?? Infinity;
-  known.queue = queue;
-  known.unfinished = [...running.reverse(), ...waiting.sort((a, b) => place(a) - place(b))];
-  for (const { id } of known.unfinished) awaited.add(id);
-  const { pending: count, calls_today: calls } = queue;
-  const mark = JSON.stringify([count, calls, known.unfinished.map((task) => task.id + task.status)]);
-  if (mark !== known.lastMark || performance.now() - known.lastEnded > LATEST_MS) {
-    known.lastMark = mark;
-    await lookAtEnded(before);
+  let seen;
+  for (let n = 0; n < LOOKS && !seen?.isOfOneInstant; n += 1) seen = await lookOnce();
+  await findOthers(seen.found);
+  const { queue, pending, running, failed, found } = seen;
+  const isLast = (task) => found.get(task.id) === task;
+  Object.assign(known, { queue, failed });
+  known.pending = pending.filter(isLast);
+  known.running = running.filter(isLast);
+  for (const { id } of [...known.running, ...known.pending]) awaited.add(id);
+  known.followed = known.followed.map((task) => found.get(task.id) ?? task);
+  known.followed = known.followed.filter((task) => found.get(task.id) !== null);
+  if (seen.newest) {
+    known.lastMark = seen.mark;
+    known.lastEnded = performance.now();
+    showNewest(seen.newest);
   }
+  for (const task of found.values()) showEnded(task);
+  tellEnded(found);
   render();
+  renderOpened(found);
 }
 
-async function listed(status, limit) {
-  return (await api("GET", `/tasks?status=${status}&limit=${limit}`)).tasks;
+async function lookOnce() {
+  const { pendingShown } = known;
+  const queue = await api("GET", "/queue");
+  const next = `/tasks?status=pending&order=queue&limit=${pendingShown}`;
+  // Only where there are any: what came since is of another instant.
+  const pending = queue.pending ? (await api("GET", next)).tasks : [];
+  const started = `/tasks?status=processing&limit=${MOST_RUNNING}`;
+  const running = queue.processing ? (await api("GET", started)).tasks.reverse() : [];
+  const ids = [...pending, ...running].map((task) => task.id + task.status);
+  const mark = JSON.stringify([queue.pending, queue.calls_today, ids]);
+  const isDue = mark !== known.lastMark || performance.now() - known.lastEnded > LATEST_MS;
+  const newest = isDue ? await api("GET", newestPath()) : null;
+  const failed = isDue ? await listFailed(known.failedShown + 1) : known.failed;
+  const shown = [...(newest?.tasks ?? known.pictures), ...failed];
+  const ended = byId(shown.filter((task) => !isUnfinished(task)));
+  const found = new Map([...byId(pending), ...byId(running), ...ended]);
+  const isOfOneInstant =
+    pending.length === Math.min(queue.pending, pendingShown) &&
+    running.length === queue.processing &&
+    found.size === pending.length + running.length + ended.size;
+  return { queue, pending, running, newest, failed, found, mark, isOfOneInstant };
 }
 
-async function lookAtEnded(before) {
-  const page = await api("GET", `/tasks?status=completed&limit=${PICTURES_STEP}`);
-  const failed = await listed("failed", known.failedShown + 1);
-  const onPage = new Set(page.tasks.map((task) => task.id));
-  const at = known.pictures.findLastIndex((task) => onPage.has(task.id));
-  if (page.next && at >= 0) {
-    known.pictures = [...page.tasks, ...known.pictures.slice(at + 1)];
-  } else {
-    // All there are, or more that are new than fit on a page.
-    known.pictures = page.tasks;
-    known.morePictures = page.next;
+const byId = (tasks) => new Map(tasks.map((task) => [task.id, task]));
+
+// Look for those that were to be seen and are in no list: they are far down one, or deleted.
+async function findOthers(found) {
+  const expected = [...known.followed, ...(known.opened?.status ? [known.opened] : [])];
+  const sought = [...expected.filter(isUnfinished), ...known.running, ...known.pending];
+  const ids = new Set(sought.map((task) => task.id).filter((id) => !found.has(id)));
+  for (const id of [...ids].slice(0, MOST_SOUGHT)) {
+    found.set(id, await getTask(id));
   }
-  known.failed = failed;
-  known.lastEnded = performance.now();
-  const ended = new Set([...known.pictures, ...failed].map((task) => task.id));
-  known.unfinished = known.unfinished.filter((task) => !ended.has(task.id));
-  await findVanished(before, ended);
-  tellEnded();
 }
 
-// A task that was added long ago ends far down the list, beyond what was just looked at.
-async function findVanished(before, ended) {
-  const here = new Set([...ended, ...known.unfinished.map((task) => task.id)]);
-  for (const { id } of before.filter((task) => !here.has(task.id)).slice(0, 10)) {
-    const task = await api("GET", `/tasks/${id}`).catch(() => null);
-    if (task?.status !== "completed") continue;
-    const at = known.pictures.findIndex((other) => other.created_at < task.created_at);
-    if (at >= 0) known.pictures.splice(at, 0, task);
-    else if (!known.morePictures) known.pictures.push(task);
+async function getTask(id) {
+  try {
+    return await api("GET", `/status/${id}`);
+  } catch (error) {
+    if (error.status === 404) return null;
+    throw error;
   }
 }
 
-function tellEnded() {
-  for (const task of known.pictures) {
-    if (awaited.delete(task.id)) say(`Picture ready: ${task.prompt}`);
-  }
-  for (const task of known.failed) {
-    if (awaited.delete(task.id)) say(`Failed: ${task.prompt}. ${task.error}`);
+function tellEnded(found) {
+  for (const [id, task] of found) {
+    if ((task && isUnfinished(task)) || !awaited.delete(id) || !task) continue;
+    if (task.status === "completed") say(`Picture ready: ${task.prompt}`);
+    if (isFailure(task)) say(`Failed: ${task.prompt}. ${inLocalTime(task.error)}`);
   }
 }
 
 function render() {
   renderQueue();
   renderTasks();
+  renderFollowed();
   renderGallery();
   const under = known.queue.pending + known.queue.processing;
   document.title = under ? `(${under}) Image proxy` : "Image proxy";
@@ -128,10 +142,15 @@ function render() {
 // What could not be shown meanwhile may be there.
 function comeBack() {
   known.isAway = false;
-  for (const link of $("pictures").querySelectorAll(".gone")) link.parentNode.remove();
+  showAgain();
+  reopen();
   render();
 }
 
 addEventListener("hashchange", openHash);
+$("make").addEventListener("followed", renderFollowed);
 document.addEventListener("visibilitychange", () => document.hidden || poke());
 watch();
+api("GET", "/v1/models")
+  .then(({ data }) => offerModels(data.map(({ id }) => id)))
+  .catch(() => {});

@@ -12,13 +12,16 @@ export class Refusal extends Error {
   }
 }
 
+export const sentenceOf = (error) =>
+  error.status ? error.message : "The server does not answer";
+
 export let key = remembered();
 export let clockAhead = 0; // Milliseconds that the server's clock is ahead of this one.
 let line = Promise.resolve();
 let longPoll = null;
 
 export function api(method, path, options = {}) {
-  longPoll?.abort();
+  endLongPoll();
   const answer = line.then(() => send(method, path, options));
   line = answer.catch(() => {});
   return answer;
@@ -49,6 +52,10 @@ async function send(method, path, { body, headers = {}, signal } = {}) {
     const message = told?.error?.message ?? told?.error;
     throw new Refusal(message ?? `The server answered ${answer.status}`, answer.status);
   }
+}
+
+export function endLongPoll() {
+  longPoll?.abort();
 }
 
 export async function waitFor(task) {

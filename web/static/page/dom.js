@@ -1,5 +1,7 @@
 // Elements: how they are found, made and spoken of.
 
+const ASKED_MS = 5_000;
+
 export const $ = (id) => document.getElementById(id);
 
 export function make(tag, properties = {}, ...children) {
@@ -21,25 +23,32 @@ export function named(row, prompt, task) {
   for (const one of row.children) one.setAttribute("aria-describedby", prompt.id);
 }
 
-// Deleting takes a second press, within a few seconds.
-export function askTwice(element, act) {
+// What cannot be undone takes a second press, within a few seconds. The question may be found out
+// first; without one, nothing is done.
+export function askTwice(element, act, question = () => "Really delete?") {
   const label = element.textContent;
   let timer = null;
+  let isAsking = false;
   element.calm = () => {
     clearTimeout(timer);
     timer = null;
     element.textContent = label;
   };
   element.addEventListener("blur", element.calm);
-  element.addEventListener("click", (event) => {
-    if (event.detail > 1) return; // The second half of a double click.
-    if (timer === null) {
-      element.textContent = "Really delete?";
-      timer = setTimeout(element.calm, 5000);
+  element.addEventListener("click", async (event) => {
+    if (event.detail > 1 || isAsking) return; // The second half of a double click.
+    if (timer !== null) {
+      element.calm();
+      act();
       return;
     }
-    element.calm();
-    act();
+    isAsking = true;
+    const text = await question();
+    isAsking = false;
+    if (!text) return;
+    element.textContent = text;
+    say(text);
+    timer = setTimeout(element.calm, ASKED_MS);
   });
   return element;
 }

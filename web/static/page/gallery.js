@@ -1,15 +1,52 @@
-// The pictures.
+// The gallery: what is being made, and the pictures.
 
 import { api } from "./api.js";
 import { $, make } from "./dom.js";
 import { nearby } from "./images.js";
 import { sync } from "./list.js";
-import { known } from "./state.js";
+import { isUnfinished, known, poke } from "./state.js";
+import { showState } from "./tasks.js";
+
+const PICTURES_STEP = 40;
 
 export function renderGallery() {
-  sync($("pictures"), known.pictures, createPicture, () => {}, $("pictures-title"));
-  $("empty").hidden = Boolean(known.pictures.length || known.unfinished.length);
+  const ended = new Set(known.pictures.map((task) => task.id));
+  const tasks = [...beingMade().filter((task) => !ended.has(task.id)), ...known.pictures];
+  sync($("pictures"), tasks, createTile, updateTile, $("pictures-title"));
+  $("empty").hidden = Boolean(tasks.length);
   $("end").textContent = known.morePictures ? "More…" : "";
+}
+
+// What runs, and what was submitted here and waits.
+function beingMade() {
+  const running = new Map(known.running.map((task) => [task.id, task]));
+  const waiting = known.followed.filter((task) => isUnfinished(task) && !running.has(task.id));
+  return [...waiting, ...[...running.values()].reverse()];
+}
+
+// The list of tasks
+
+export const newestPath = () => `/tasks?status=completed&limit=${PICTURES_STEP}`;
+
+export function showNewest({ tasks, next }) {
+  const onPage = new Set(tasks.map((task) => task.id));
+  const at = known.pictures.findLastIndex((task) => onPage.has(task.id));
+  if (next && at >= 0) {
+    known.pictures = [...tasks, ...known.pictures.slice(at + 1)];
+  } else {
+    // All there are, or more that are new than fit on a page.
+    known.pictures = tasks;
+    known.morePictures = next;
+  }
+}
+
+// Show what was added long ago, and ended: it is far down the list.
+export function showEnded(task) {
+  if (task?.status !== "completed") return;
+  if (known.pictures.some(({ id }) => id === task.id)) return;
+  const at = known.pictures.findIndex((other) => other.created_at < task.created_at);
+  if (at >= 0) known.pictures.splice(at, 0, task);
+  else if (!known.morePictures) known.pictures.push(task);
 }
 
 export async function loadMore() {
@@ -33,14 +70,46 @@ export const atEnd = new IntersectionObserver(
   { rootMargin: "800px" },
 );
 
-function createPicture(task) {
+// Tiles
+
+function createTile(task) {
+  const link = make("a", { href: `#${task.id}` });
+  return make("li", {}, link);
+}
+
+function updateTile(item, task) {
+  const link = item.firstChild;
+  const kind = task.image ? "image" : "words";
+  if (link.className.split(" ")[0] !== kind) {
+    link.className = kind;
+    link.replaceChildren(...(task.image ? [imageOf(task, link)] : wordsOf(task)));
+  }
+  if (!task.image) {
+    showState(item, task);
+    return;
+  }
+  item.className = "";
+  delete item.dataset.started;
+}
+
+function wordsOf(task) {
+  const prompt = make("span", { className: "prompt", textContent: task.prompt, dir: "auto" });
+  return [prompt, make("span", { className: "state" })];
+}
+
+function imageOf(task, link) {
   const image = make("img", { alt: task.prompt, decoding: "async" });
-  const link = make("a", { href: `#${task.id}` }, image);
   image.addEventListener("error", () => {
     link.classList.add("gone");
     link.replaceChildren(`Cannot be shown: ${task.prompt.slice(0, 80)}`);
+    poke(); // It may be that the server is away.
   });
   image.dataset.thumbnail = `${task.image.url}/thumbnail`;
   nearby.observe(image);
-  return make("li", {}, link);
+  return image;
+}
+
+// Make anew what could not be shown.
+export function showAgain() {
+  for (const link of $("pictures").querySelectorAll(".gone")) link.className = "";
 }

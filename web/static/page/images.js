@@ -1,13 +1,13 @@
 // Pictures: where a key is wanted they come as blobs, as an <img> sends none.
 
-import { api, key, Refusal } from "./api.js";
+import { api, key, Refusal, sentenceOf } from "./api.js";
 
 const DOWNLOADS_AT_ONCE = 4;
 
 let downloads = 0;
 const downloadsWaiting = [];
 
-async function download(path) {
+export async function download(path) {
   if (downloads >= DOWNLOADS_AT_ONCE) await new Promise((go) => downloadsWaiting.push(go));
   downloads += 1;
   try {
@@ -42,6 +42,19 @@ export async function show(image, path) {
     image.src = address;
   } catch {
     if (image.dataset.path === path) image.dispatchEvent(new Event("error"));
+  }
+}
+
+// Return why a picture could not be shown: where nobody answers, it is not gone.
+export async function whyNot(path) {
+  try {
+    const headers = key ? { "X-API-Key": key } : {};
+    const { ok, status } = await fetch(path, { method: "HEAD", headers, cache: "no-store" });
+    if (status === 404) return "The picture was deleted.";
+    if (status === 410) return "The picture was made, but its file is gone.";
+    return ok ? "The file is there, but shows no picture." : `The server answered ${status}.`;
+  } catch (error) {
+    return `${sentenceOf(error)}. The picture is shown as soon as it does.`;
   }
 }
 

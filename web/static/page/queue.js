@@ -1,8 +1,9 @@
 // The queue, at the top of the page.
 
+import { sentenceOf } from "./api.js";
 import { $, make, say } from "./dom.js";
 import { act, known } from "./state.js";
-import { when } from "./words.js";
+import { inLocalTime, when } from "./words.js";
 
 const NOTICES_SHOWN = 2;
 
@@ -23,9 +24,9 @@ export function renderQueue() {
   $("pause").hidden = false;
   const notices = queue.held
     .slice(0, NOTICES_SHOWN)
-    .map(({ reason, until }) => `Held: ${reason}; next try at ${when(until)}`);
+    .map(({ reason, until }) => `On hold: ${inLocalTime(reason)}; next try at ${when(until)}`);
   const more = queue.held.length - notices.length;
-  if (more > 0) notices.push(`${more} more held`);
+  if (more > 0) notices.push(`${more} more on hold`);
   if (queue.paused) notices.unshift(`Paused${queue.pause_reason ? `: ${queue.pause_reason}` : ""}`);
   renderNotices(notices, queue.pause_reason ? "bad" : "");
 }
@@ -41,8 +42,7 @@ function renderNotices(notices, className = "") {
 
 export function tellAway(error) {
   known.isAway = true;
-  const what = error.status ? error.message : "The server does not answer";
-  renderNotices([`${what}; trying again…`], "bad");
+  renderNotices([`${sentenceOf(error)}; trying again…`], "bad");
 }
 
 $("pause").addEventListener("click", () => {

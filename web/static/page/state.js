@@ -1,17 +1,23 @@
 // What the page knows, and what has it look again.
 
-import { api } from "./api.js";
+import { api, endLongPoll, sentenceOf } from "./api.js";
 
 export const LATEST_MS = 15_000; // So often the ended tasks are looked at, whatever happens.
 export const FAILED_STEP = 5;
+export const PENDING_STEP = 20;
+export const MOST_LISTED = 200; // As many as the API lists at once.
 
 export const known = {
   queue: null,
-  unfinished: [],
+  running: [],
+  pending: [], // The next ones, as they are taken.
+  pendingShown: PENDING_STEP,
   failed: [],
   failedShown: FAILED_STEP,
+  followed: [], // What was submitted here, the newest first.
   pictures: [],
   morePictures: null, // The address of the next page, null at the end.
+  opened: null, // The task that is shown large.
   lastMark: "",
   lastEnded: -LATEST_MS,
   isFirstLook: true,
@@ -20,11 +26,22 @@ export const known = {
 
 export const awaited = new Set(); // The ids of tasks whose end is told.
 
+export const isUnfinished = ({ status }) => status === "pending" || status === "processing";
+export const isFailure = (task) => task.status === "failed" && task.error_code !== "canceled";
+
+// Follow what was submitted here; what is done, and was seen to be, makes room for it.
+export function follow(task) {
+  const others = known.followed.filter((one) => isUnfinished(one) || isFailure(one));
+  known.followed = [task, ...others];
+  awaited.add(task.id);
+}
+
 export let isPoked = false;
 let wake = () => {};
 
 export function poke() {
   isPoked = true;
+  endLongPoll();
   wake();
 }
 
@@ -43,17 +60,22 @@ export function sleep(milliseconds) {
   });
 }
 
+// Look again, at the ended tasks too.
+export function refresh() {
+  known.lastMark = "";
+  poke();
+}
+
+// Return what was answered, or null where it failed and `fault` says why.
 export async function act(fault, method, path) {
   fault.textContent = "";
   try {
-    const told = await api(method, path);
-    known.lastMark = "";
-    poke();
-    return told ?? true;
+    return (await api(method, path)) ?? true;
   } catch (error) {
-    poke();
     if (method === "DELETE" && error.status === 404) return true; // Someone else was quicker.
-    fault.textContent = error.status ? error.message : "The server does not answer; try again.";
+    fault.textContent = error.status ? error.message : `${sentenceOf(error)}; try again.`;
     return null;
+  } finally {
+    refresh();
   }
 }

@@ -1,18 +1,16 @@
 // One task, large.
 
-import { api } from "./api.js";
+import { api, sentenceOf } from "./api.js";
 import { $, askTwice, make, say } from "./dom.js";
 import { useAgain } from "./form.js";
 import { loadMore, renderGallery } from "./gallery.js";
-import { letGo, show } from "./images.js";
-import { act, known, poke } from "./state.js";
-import { renderTasks } from "./tasks.js";
-import { when } from "./words.js";
+import { letGo, show, whyNot } from "./images.js";
+import { act, isUnfinished, known, poke } from "./state.js";
+import { renderTasks, showState } from "./tasks.js";
+import { labelOf, outcomeOf, when } from "./words.js";
 
 const STEP_MS = 200; // A picture that is passed by sooner is not asked about.
 const ID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/;
-
-let opened = null;
 
 export function openHash() {
   const id = location.hash.slice(1);
@@ -20,35 +18,57 @@ export function openHash() {
   else if ($("large").open) $("large").close();
 }
 
+export function reopen() {
+  if (known.opened) open(known.opened.id);
+}
+
 async function open(id) {
-  const task = [...known.pictures, ...known.failed].find((one) => one.id === id);
-  opened = { id, task: null };
+  const { running, pending, followed, pictures, failed } = known;
+  const all = [...running, ...pending, ...pictures, ...failed, ...followed];
+  known.opened = all.find((task) => task.id === id && task.params) ?? { id, prompt: "…" };
   $("delete").calm();
   $("again").disabled = false;
   $("large-note").textContent = "";
-  renderLarge(task ?? { id, prompt: "…" }, []);
+  renderLarge(known.opened, []);
   if (!$("large").open) $("large").showModal();
   await new Promise((go) => setTimeout(go, STEP_MS));
-  if (opened?.id !== id) return;
-  try {
-    const whole = await api("GET", `/tasks/${id}`);
-    if (opened?.id === id) renderLarge(whole, whole.calls);
-  } catch (error) {
-    if (opened?.id === id) $("large-error").textContent = error.message;
-  }
+  if (known.opened?.id === id) await load(id);
   poke();
 }
 
+async function load(id) {
+  try {
+    const task = await api("GET", `/tasks/${id}`);
+    if (known.opened?.id === id) renderLarge(task, task.calls);
+  } catch (error) {
+    if (known.opened?.id === id) $("large-error").textContent = sentenceOf(error);
+  }
+}
+
+// Show what has become of a task that had not ended.
+export function renderOpened(found) {
+  const { opened } = known;
+  if (!opened?.status || !isUnfinished(opened) || !found.has(opened.id)) return;
+  const task = found.get(opened.id);
+  if (!task) $("large").close(); // It was deleted.
+  else if (task.status !== opened.status) load(task.id);
+  else showState($("frame"), task);
+}
+
 function renderLarge(task, calls) {
-  opened.task = task;
+  known.opened = task;
   $("large-error").textContent = "";
   $("large-prompt").textContent = task.prompt;
   renderFrame(task);
   const at = known.pictures.findIndex((one) => one.id === task.id);
   $("previous").disabled = at < 1;
   $("next").disabled = at < 0 || at + 1 >= known.pictures.length;
-  if (document.activeElement?.disabled) $("large-prompt").focus();
+  const isUnderWay = isUnfinished(task);
+  $("cancel").hidden = !isUnderWay;
+  $("again").hidden = isUnderWay;
   for (const id of ["use", "delete"]) $(id).disabled = !task.status;
+  $("delete").disabled ||= task.status === "processing";
+  if (document.activeElement?.disabled || document.activeElement?.hidden) $("large-prompt").focus();
   $("settings").replaceChildren(
     ...Object.entries(settingsOf(task)).flatMap(([name, value]) => [
       make("dt", { textContent: name }),
@@ -65,8 +85,9 @@ function renderFrame(task) {
   if (path && image.dataset.path === path) return;
   $("download").hidden = image.hidden = !path;
   $("download").removeAttribute("href");
-  $("large-fault").textContent = path ? "" : (task.error ?? task.waiting_for ?? task.status ?? "");
   letGo(image);
+  if (!path && task.status) showState($("frame"), task);
+  else showNote("");
   if (!path) return;
   image.alt = task.prompt;
   image.width = task.image.width;
@@ -75,17 +96,31 @@ function renderFrame(task) {
   $("download").download = task.file_path.split("/").at(-1);
 }
 
+function showNote(text) {
+  delete $("frame").dataset.started;
+  $("frame").classList.remove("running", "bad");
+  $("large-state").textContent = text;
+}
+
+async function showFault() {
+  const image = $("large-image");
+  const { path } = image.dataset;
+  if (!path) return;
+  letGo(image);
+  image.hidden = $("download").hidden = true;
+  const why = await whyNot(path);
+  if (known.opened?.image?.url === path && !image.dataset.path) showNote(why);
+  poke();
+}
+
 function settingsOf(task) {
-  if (!task.status) return {};
+  if (!task.params) return {};
+  const { width, height, ...others } = task.params;
   const named = {
     Model: task.model,
-    Size: `${task.params.width} × ${task.params.height}`,
-    "Negative prompt": task.params.negative_prompt,
-    Seed: task.params.seed,
-    Steps: task.params.num_inference_steps,
-    "Guidance scale": task.params.guidance_scale,
-    "True CFG scale": task.params.true_cfg_scale,
-    Priority: task.priority || undefined,
+    Size: width && height && `${width} × ${height}`,
+    ...Object.fromEntries(Object.entries(others).map(([name, value]) => [labelOf(name), value])),
+    Priority: task.priority || null,
     Added: when(task.created_at),
     Ended: task.finished_at && when(task.finished_at),
     File: task.image && `${task.image.content_type}, ${Math.ceil(task.image.bytes / 1000)} kB`,
@@ -95,14 +130,14 @@ function settingsOf(task) {
 }
 
 function toldOf(call) {
-  const told = [`${when(call.started)}: ${call.outcome ?? "under way"}`];
+  const told = [`${when(call.started)}: ${outcomeOf(call)}`];
   if (call.http_status) told.push(`HTTP ${call.http_status}`);
   if (call.seconds != null) told.push(`${call.seconds.toFixed(1)} s`);
   return told.join(", ");
 }
 
 function step(by) {
-  const at = known.pictures.findIndex((task) => task.id === opened?.id);
+  const at = known.pictures.findIndex((task) => task.id === known.opened?.id);
   const task = at < 0 ? null : known.pictures[at + by];
   if (!task) return;
   if (at + by + 5 > known.pictures.length) loadMore().catch(() => {});
@@ -111,18 +146,18 @@ function step(by) {
 }
 
 function closed() {
-  $("pictures").querySelector(`[href="#${opened?.id}"]`)?.focus();
-  opened = null;
+  $("pictures").querySelector(`[href="#${known.opened?.id}"]`)?.focus();
+  known.opened = null;
   letGo($("large-image"));
   if (location.hash) history.replaceState(null, "", location.pathname);
 }
 
 async function deleteOpened() {
-  const { id } = opened;
+  const { id } = known.opened;
   if (!(await act($("large-error"), "DELETE", `/tasks/${id}`))) return;
   known.pictures = known.pictures.filter((task) => task.id !== id);
   known.failed = known.failed.filter((task) => task.id !== id);
-  if (opened?.id === id) $("large").close();
+  if (known.opened?.id === id) $("large").close();
   renderGallery();
   renderTasks();
   say("Deleted");
@@ -137,11 +172,7 @@ addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") step(-1);
   if (event.key === "ArrowRight") step(1);
 });
-$("large-image").addEventListener("error", () => {
-  if (!$("large-image").dataset.path) return;
-  $("large-image").hidden = $("download").hidden = true;
-  $("large-fault").textContent = "The picture cannot be shown; its file may be gone.";
-});
+$("large-image").addEventListener("error", showFault);
 $("large-image").addEventListener("load", () => {
   $("download").href = $("large-image").src;
 });
@@ -149,17 +180,20 @@ $("previous").addEventListener("click", () => step(-1));
 $("next").addEventListener("click", () => step(1));
 $("close").addEventListener("click", () => $("large").close());
 $("use").addEventListener("click", () => {
-  const { task } = opened;
-  opened = null; // So that focus does not go back to the picture.
+  const task = known.opened;
+  known.opened = null; // So that focus does not go back to the picture.
   $("large").close();
   useAgain(task);
 });
 $("again").addEventListener("click", async () => {
-  const { id } = opened;
+  const { id } = known.opened;
   $("again").disabled = true;
   const done = await act($("large-error"), "POST", `/tasks/${id}/retry`);
-  if (opened?.id !== id) return;
+  if (known.opened?.id !== id) return;
   $("again").disabled = Boolean(done);
   $("large-note").textContent = done ? "It is made again." : "";
+});
+$("cancel").addEventListener("click", () => {
+  act($("large-error"), "POST", `/tasks/${known.opened.id}/cancel`);
 });
 askTwice($("delete"), deleteOpened);
