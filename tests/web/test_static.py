@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import zipfile
 from contextlib import contextmanager
 from datetime import datetime
 from urllib.parse import urlsplit
@@ -826,6 +827,104 @@ def test_a_task_that_ends_far_down_the_list_appears_in_its_place(site, visit, up
     upstream.gate.set()
     expect(page.locator(pictures)).to_have_count(42)
     expect(page.locator(f"{pictures} img").last).to_have_attribute("alt", "the oldest")
+
+
+# Find, and take along
+
+
+def test_pictures_are_found_by_the_words_of_their_prompts(site, visit):
+    there = site()
+    for prompt in ("a red fox", "a red house", "the foxes of <b>March</b>"):
+        make_one(there, prompt)
+    page = visit(there)
+    shown = page.locator(f"{pictures} img")
+    expect(shown).to_have_count(3)
+    page.get_by_label("Words of the prompt").fill("Fox")
+    expect(shown).to_have_count(2)
+    expect(page.locator("#live")).to_contain_text("2 found")
+    page.get_by_label("Words of the prompt").fill("red fox")
+    expect(shown).to_have_count(1)
+    expect(shown).to_have_attribute("alt", "a red fox")
+    for words in ("!!!", '"*', "<b>", "none of these"):
+        page.get_by_label("Words of the prompt").fill(words)
+        page.keyboard.press("Enter")
+        expect(shown).to_have_count(1 if words == "<b>" else 0)
+    expect(page.locator("#none")).to_have_text("Nothing matches.")
+    page.get_by_label("Words of the prompt").fill("")
+    expect(shown).to_have_count(3)
+    expect(page.locator("#none")).to_be_hidden()
+
+
+def test_tasks_are_found_by_how_they_stand_and_by_model(site, visit, upstream):
+    upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer()
+    there = site(CONCURRENCY=1)
+    make_one(there, "good")
+    make_one(there, "another", model="other")
+    finished(there.client, submit(there.client, "bad"))
+    upstream.gate.clear()
+    for prompt in ("runs", "waits", "waits too"):
+        submit(there.client, prompt)
+    canceled(there, "was canceled")
+    page = visit(there)
+    show, model = page.get_by_label("Show"), page.locator("#find-model")
+    shown = page.locator("#pictures a")
+    expect(shown).to_have_count(3)
+
+    def alone(label, *prompts):
+        show.select_option(label=label)
+        expect(shown).to_have_count(len(prompts))
+        for link, prompt in zip(shown.all(), prompts, strict=True):
+            expect(link).to_contain_text(prompt)
+
+    alone("Waiting", "waits", "waits too")
+    alone("Running", "runs")
+    alone("Canceled", "was canceled")
+    expect(page.locator("#pictures .bad")).to_have_count(0)
+    alone("Failed: Chutes refused the request", "bad")
+    expect(page.locator("#pictures .bad")).to_contain_text("Chutes refused the request (400): no")
+    alone("Failed: It waited too long")
+    show.select_option(label="Everything")
+    expect(shown).to_have_count(7)
+    model.select_option("other")
+    expect(shown).to_have_count(1)
+    upstream.gate.set()
+    model.select_option("")
+    expect(page.locator(pictures)).to_have_count(5)
+    expect(shown).to_have_count(7)
+    show.select_option(label="Pictures")
+    expect(shown).to_have_count(5)
+
+
+@pytest.mark.parametrize("keys", [{}, {"API_KEYS": KEYS}])
+def test_the_shown_or_the_selected_pictures_are_taken_along(site, visit, keys):
+    there = site(**keys)
+    if keys:
+        there.client.environ_base["HTTP_X_API_KEY"] = KEY
+    ids = [make_one(there, f"number {n}") for n in range(3)]
+
+    def know(page):
+        page.add_init_script(f"sessionStorage.setItem('key', '{KEY}')")
+
+    page = visit(there, before=know if keys else None)
+    expect(page.locator(pictures)).to_have_count(3)
+
+    def taken(label):
+        with page.expect_download() as download:
+            press(page, label)
+        with zipfile.ZipFile(download.value.path()) as file:
+            return {name for name in file.namelist() if name != "manifest.jsonl"}
+
+    assert taken("Download 3 shown") == {f"{task_id}.png" for task_id in ids}
+    press(page, "Select")
+    expect(page.locator("#take")).to_be_disabled()
+    page.get_by_label("Select: number 0").check()
+    page.locator(pictures).nth(0).click()
+    expect(page.get_by_label("Select: number 2")).to_be_checked()
+    expect(page.get_by_role("dialog")).to_be_hidden()
+    assert taken("Download 2 selected") == {f"{ids[0]}.png", f"{ids[2]}.png"}
+    press(page, "Select")
+    expect(page.locator("#take")).to_have_text("Download 3 shown")
+    expect(page.locator(".pick").first).to_be_hidden()
 
 
 # The queue

@@ -2,8 +2,9 @@
 
 import { api, waitFor, WAIT_SECONDS } from "./page/api.js";
 import { $, say } from "./page/dom.js";
+import * as find from "./page/find.js";
 import { renderFollowed } from "./page/followed.js";
-import { offerModels } from "./page/form.js";
+import * as form from "./page/form.js";
 import {
   atEnd, newestPath, renderGallery, showAgain, showEnded, showNewest,
 } from "./page/gallery.js";
@@ -62,7 +63,7 @@ async function look() {
   for (const { id } of [...known.running, ...known.pending]) awaited.add(id);
   known.followed = known.followed.map((task) => found.get(task.id) ?? task);
   known.followed = known.followed.filter((task) => found.get(task.id) !== null);
-  if (seen.newest) {
+  if (seen.newest && seen.filter === known.filter) {
     known.lastMark = seen.mark;
     known.lastEnded = performance.now();
     showNewest(seen.newest);
@@ -74,7 +75,7 @@ async function look() {
 }
 
 async function lookOnce() {
-  const { pendingShown } = known;
+  const { filter, pendingShown } = known;
   const queue = await api("GET", "/queue");
   const next = `/tasks?status=pending&order=queue&limit=${pendingShown}`;
   // Only where there are any: what came since is of another instant.
@@ -93,7 +94,7 @@ async function lookOnce() {
     pending.length === Math.min(queue.pending, pendingShown) &&
     running.length === queue.processing &&
     found.size === pending.length + running.length + ended.size;
-  return { queue, pending, running, newest, failed, found, mark, isOfOneInstant };
+  return { queue, pending, running, newest, failed, found, filter, mark, isOfOneInstant };
 }
 
 const byId = (tasks) => new Map(tasks.map((task) => [task.id, task]));
@@ -152,5 +153,9 @@ $("make").addEventListener("followed", renderFollowed);
 document.addEventListener("visibilitychange", () => document.hidden || poke());
 watch();
 api("GET", "/v1/models")
-  .then(({ data }) => offerModels(data.map(({ id }) => id)))
+  .then(({ data }) => {
+    const names = data.map(({ id }) => id);
+    form.offerModels(names);
+    find.offerModels(names);
+  })
   .catch(() => {});

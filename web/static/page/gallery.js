@@ -1,24 +1,30 @@
-// The gallery: what is being made, and the pictures.
+// The gallery: what is being made and the pictures, or what was searched for.
 
 import { api } from "./api.js";
-import { $, make } from "./dom.js";
+import { $, make, say } from "./dom.js";
 import { nearby } from "./images.js";
 import { sync } from "./list.js";
-import { isUnfinished, known, poke } from "./state.js";
+import { isUnfinished, known, MOST_LISTED, PICTURES, poke } from "./state.js";
+import { isSelecting, renderTaking } from "./take.js";
 import { showState } from "./tasks.js";
 
 const PICTURES_STEP = 40;
+
+const isFiltered = () => known.filter !== PICTURES;
 
 export function renderGallery() {
   const ended = new Set(known.pictures.map((task) => task.id));
   const tasks = [...beingMade().filter((task) => !ended.has(task.id)), ...known.pictures];
   sync($("pictures"), tasks, createTile, updateTile, $("pictures-title"));
-  $("empty").hidden = Boolean(tasks.length);
+  $("empty").hidden = Boolean(tasks.length) || isFiltered();
+  $("none").hidden = Boolean(tasks.length) || !isFiltered() || known.isSearching;
   $("end").textContent = known.morePictures ? "More…" : "";
+  renderTaking();
 }
 
 // What runs, and what was submitted here and waits.
 function beingMade() {
+  if (isFiltered()) return [];
   const running = new Map(known.running.map((task) => [task.id, task]));
   const waiting = known.followed.filter((task) => isUnfinished(task) && !running.has(task.id));
   return [...waiting, ...[...running.values()].reverse()];
@@ -26,7 +32,12 @@ function beingMade() {
 
 // The list of tasks
 
-export const newestPath = () => `/tasks?status=completed&limit=${PICTURES_STEP}`;
+export function newestPath() {
+  // What has not ended changes: all that is shown is looked at again.
+  const isFinal = known.filter.includes(PICTURES) || known.filter.includes("error_code=");
+  const limit = isFinal ? PICTURES_STEP : Math.max(PICTURES_STEP, known.pictures.length);
+  return `/tasks?${known.filter}${known.filter && "&"}limit=${Math.min(limit, MOST_LISTED)}`;
+}
 
 export function showNewest({ tasks, next }) {
   const onPage = new Set(tasks.map((task) => task.id));
@@ -38,11 +49,15 @@ export function showNewest({ tasks, next }) {
     known.pictures = tasks;
     known.morePictures = next;
   }
+  if (known.isSearching) {
+    known.isSearching = false;
+    say(next ? `${tasks.length} or more found` : `${tasks.length} found`);
+  }
 }
 
 // Show what was added long ago, and ended: it is far down the list.
 export function showEnded(task) {
-  if (task?.status !== "completed") return;
+  if (task?.status !== "completed" || isFiltered()) return;
   if (known.pictures.some(({ id }) => id === task.id)) return;
   const at = known.pictures.findIndex((other) => other.created_at < task.created_at);
   if (at >= 0) known.pictures.splice(at, 0, task);
@@ -74,16 +89,30 @@ export const atEnd = new IntersectionObserver(
 
 function createTile(task) {
   const link = make("a", { href: `#${task.id}` });
-  return make("li", {}, link);
+  link.addEventListener("click", (event) => {
+    if (!isSelecting() || pick.hidden) return;
+    event.preventDefault();
+    pick.click();
+  });
+  const pick = make("input", { type: "checkbox", className: "pick" });
+  pick.setAttribute("aria-label", `Select: ${task.prompt}`);
+  pick.addEventListener("change", () => {
+    if (pick.checked) known.selected.add(task.id);
+    else known.selected.delete(task.id);
+    renderTaking();
+  });
+  return make("li", {}, link, pick);
 }
 
 function updateTile(item, task) {
-  const link = item.firstChild;
+  const [link, pick] = item.children;
   const kind = task.image ? "image" : "words";
   if (link.className.split(" ")[0] !== kind) {
     link.className = kind;
     link.replaceChildren(...(task.image ? [imageOf(task, link)] : wordsOf(task)));
   }
+  pick.hidden = !task.image;
+  pick.checked = known.selected.has(task.id);
   if (!task.image) {
     showState(item, task);
     return;

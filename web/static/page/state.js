@@ -5,6 +5,7 @@ import { api, endLongPoll, sentenceOf } from "./api.js";
 export const LATEST_MS = 15_000; // So often the ended tasks are looked at, whatever happens.
 export const FAILED_STEP = 5;
 export const PENDING_STEP = 20;
+export const PICTURES = "status=completed";
 export const MOST_LISTED = 200; // As many as the API lists at once.
 
 export const known = {
@@ -15,9 +16,12 @@ export const known = {
   failed: [],
   failedShown: FAILED_STEP,
   followed: [], // What was submitted here, the newest first.
+  filter: PICTURES, // Which tasks the gallery shows.
   pictures: [],
   morePictures: null, // The address of the next page, null at the end.
   opened: null, // The task that is shown large.
+  isSearching: false,
+  selected: new Set(), // The ids of pictures.
   lastMark: "",
   lastEnded: -LATEST_MS,
   isFirstLook: true,
