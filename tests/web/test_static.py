@@ -503,6 +503,7 @@ def test_what_was_submitted_here_is_followed_to_its_picture(site, visit, upstrea
     page.locator(tiles).last.click()
     expect(page.locator("#large-state")).to_contain_text("Running for")
     expect(page.locator("#again")).to_be_hidden()
+    expect(page.locator("#calls li")).to_have_count(1)
     upstream.gate.set()
     expect(page.locator("#large-image")).to_have_js_property("naturalWidth", 64)
     expect(page.locator("#cancel")).to_be_hidden()
@@ -536,6 +537,28 @@ def test_what_was_submitted_here_and_failed_says_why_until_it_is_dismissed(site,
     expect(page.locator(pictures)).to_have_count(2)
     page.locator(followed).get_by_role("button", name="Dismiss").click()
     expect(page.locator(followed)).to_have_count(0)
+    upstream.decide = lambda fields: refusal(400, "no such style")
+    send(page, "bad too")
+    expect(page.locator(followed)).to_contain_text(reason)
+    newest = page.locator("#failed li").first
+    newest.get_by_role("button", name="Delete").click()
+    newest.get_by_role("button", name="Really delete?").click()
+    expect(page.locator(followed)).to_have_count(0)
+
+
+def test_what_was_submitted_is_shown_although_the_server_has_gone_away_since(site, visit):
+    there = site()
+    there.client.post("/queue/pause")
+    page = visit(there)
+    expect(page.locator("#facts")).to_contain_text("waiting")
+    page.route("**/queue", lambda route: route.abort())
+    send(page, "mine")
+    expect(page.locator(followed)).to_contain_text("Waiting")
+    expect(page.locator("#notices")).to_contain_text("The server does not answer")
+    page.unroute("**/queue")
+    expect(page.locator(followed)).to_contain_text("Waiting, place 1: the queue is paused")
+    assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
+    page.faults.clear()
 
 
 def test_what_was_submitted_here_is_followed_from_far_behind(site, visit, upstream):
@@ -883,10 +906,13 @@ def test_tasks_are_found_by_how_they_stand_and_by_model(site, visit, upstream):
     alone("Failed: Chutes refused the request", "bad")
     expect(page.locator("#pictures .bad")).to_contain_text("Chutes refused the request (400): no")
     alone("Failed: It waited too long")
+    page.route("**/status/**", lambda route: None)  # Then the wait for the end must give way.
     show.select_option(label="Everything")
     expect(shown).to_have_count(7)
+    page.wait_for_timeout(100)
     model.select_option("other")
     expect(shown).to_have_count(1)
+    page.unroute("**/status/**")
     upstream.gate.set()
     model.select_option("")
     expect(page.locator(pictures)).to_have_count(5)
@@ -1266,7 +1292,9 @@ def test_axe_finds_nothing(site, visit, upstream, scheme, width):
         page.locator("summary").click()
         press(page, "Make the picture")
         expect(page.locator("#make-error")).not_to_be_empty()
+        press(page, "Select")
         check_axe(page)
+        press(page, "Select")
         overflow = "document.scrollingElement.scrollWidth - innerWidth"
         assert page.evaluate(overflow) <= 0
         page.locator(pictures).first.click()

@@ -34,6 +34,7 @@ async function watch() {
     } catch (error) {
       console.debug(error);
       tellAway(error);
+      renderFollowed();
       await sleep(AGAIN_MS);
     }
   }
@@ -149,7 +150,6 @@ function comeBack() {
 }
 
 addEventListener("hashchange", openHash);
-$("make").addEventListener("followed", renderFollowed);
 document.addEventListener("visibilitychange", () => document.hidden || poke());
 watch();
 api("GET", "/v1/models")

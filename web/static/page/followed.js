@@ -28,22 +28,21 @@ function update(item, task) {
 
 function buttons(task, fault) {
   if (isUnfinished(task)) return buttonsOf(task, fault);
-  const dismiss = button("Dismiss", () => forget(task));
-  if (task.status === "completed") return [dismiss];
+  const dismissal = button("Dismiss", () => dismiss(task));
+  if (task.status === "completed") return [dismissal];
   const retry = button("Retry", async (pressed) => {
     pressed.disabled = true; // A second press would pay for a second picture.
     const added = await act(fault, "POST", `/tasks/${task.id}/retry`);
     pressed.disabled = Boolean(added);
     if (!added) return;
-    forget(task);
+    dismiss(task);
     follow({ ...added, prompt: task.prompt });
-    renderFollowed();
   });
   const [again] = buttonsOf(task, fault).filter((one) => one.textContent === "Use again");
-  return [retry, again, dismiss];
+  return task.retried_as ? [again, dismissal] : [retry, again, dismissal];
 }
 
-function forget(task) {
+function dismiss(task) {
   known.followed = known.followed.filter(({ id }) => id !== task.id);
   renderFollowed();
 }

@@ -105,7 +105,6 @@ async function submit(event) {
     lost = null;
     sent = { body, at: performance.now() };
     follow({ ...added, prompt: fields.prompt });
-    $("make").dispatchEvent(new Event("followed"));
     say("The picture is in the queue");
   } catch (error) {
     // Refused for good; after anything else the task may be there.

@@ -70,6 +70,15 @@ export function refresh() {
   poke();
 }
 
+// Return whether the task is deleted, and `fault` says why where it is not.
+export async function deleteTask(fault, id) {
+  if (!(await act(fault, "DELETE", `/tasks/${id}`))) return false;
+  for (const list of ["pictures", "failed", "followed"]) {
+    known[list] = known[list].filter((task) => task.id !== id);
+  }
+  return true;
+}
+
 // Return what was answered, or null where it failed and `fault` says why.
 export async function act(fault, method, path) {
   fault.textContent = "";

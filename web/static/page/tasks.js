@@ -5,7 +5,7 @@ import { $, askTwice, button, make, say } from "./dom.js";
 import { useAgain } from "./form.js";
 import { sync } from "./list.js";
 import {
-  act, FAILED_STEP, isFailure, isUnfinished, known, MOST_LISTED, PENDING_STEP, refresh,
+  act, deleteTask, FAILED_STEP, isFailure, isUnfinished, known, MOST_LISTED, PENDING_STEP, refresh,
 } from "./state.js";
 import { count, FAILURES, inLocalTime, lasting, moment } from "./words.js";
 
@@ -80,7 +80,7 @@ export function buttonsOf(task, fault) {
     pressed.disabled = true; // A second press would pay for a second picture.
     pressed.disabled = Boolean(await act(fault, "POST", `${path}/retry`));
   };
-  const remove = () => act(fault, "DELETE", path);
+  const remove = () => deleteTask(fault, task.id);
   return [
     ...(task.retried_as ? [] : [button("Retry", retry, "small retry")]),
     button("Use again", () => useAgain(task)),

@@ -5,7 +5,7 @@ import { $, askTwice, make, say } from "./dom.js";
 import { useAgain } from "./form.js";
 import { loadMore, renderGallery } from "./gallery.js";
 import { letGo, show, whyNot } from "./images.js";
-import { act, isUnfinished, known, poke } from "./state.js";
+import { act, deleteTask, isUnfinished, known, poke } from "./state.js";
 import { renderTasks, showState } from "./tasks.js";
 import { labelOf, outcomeOf, when } from "./words.js";
 
@@ -154,9 +154,7 @@ function closed() {
 
 async function deleteOpened() {
   const { id } = known.opened;
-  if (!(await act($("large-error"), "DELETE", `/tasks/${id}`))) return;
-  known.pictures = known.pictures.filter((task) => task.id !== id);
-  known.failed = known.failed.filter((task) => task.id !== id);
+  if (!(await deleteTask($("large-error"), id))) return;
   if (known.opened?.id === id) $("large").close();
   renderGallery();
   renderTasks();
