@@ -526,6 +526,7 @@ def test_what_was_submitted_here_and_failed_says_why_until_it_is_dismissed(site,
     send(page, "good")
     expect(page.locator(pictures)).to_have_count(1)
     expect(page.locator(followed)).to_have_count(2)
+    expect(page.locator(followed).first).to_contain_text(reason)
     page.reload()
     expect(page.locator(followed)).to_have_count(1)
     expect(page.locator(followed)).to_contain_text(reason)
@@ -909,7 +910,7 @@ def test_tasks_are_found_by_how_they_stand_and_by_model(site, visit, upstream):
     page.route("**/status/**", lambda route: None)  # Then the wait for the end must give way.
     show.select_option(label="Everything")
     expect(shown).to_have_count(7)
-    page.wait_for_timeout(100)
+    wait_until(lambda: page.wait_for_timeout(20) or page.asked[-1][2] == "wait=5")
     model.select_option("other")
     expect(shown).to_have_count(1)
     page.unroute("**/status/**")

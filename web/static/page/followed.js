@@ -11,7 +11,10 @@ const MOST_KEPT = 10;
 
 export function renderFollowed() {
   const create = (task) => createTask(task, $("make-error"));
-  sync($("followed"), known.followed, create, update, $("make-title"));
+  // What failed must not scroll out of sight.
+  const failed = known.followed.filter(isFailure);
+  const others = known.followed.filter((task) => !isFailure(task));
+  sync($("followed"), [...failed, ...others], create, update, $("make-title"));
   keep();
 }
 
