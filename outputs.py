@@ -66,7 +66,7 @@ class Folder:
         """
         try:
             self.make()
-            with tempfile.TemporaryFile(dir=self._path) as file:
+            with tempfile.TemporaryFile(dir=self._path, prefix=".", suffix=".part") as file:
                 for start in range(0, size, _CHUNK):
                     # Not zeros, for which some file systems need no room.
                     file.write(os.urandom(min(_CHUNK, size - start)))

@@ -5,12 +5,14 @@ import subprocess
 import threading
 import time
 
+import old_databases
 import pytest
 from conftest import finished, submit, wait_until
 from queues import ever
 from server import Server
 from upstream import Answer, image_bytes
 
+from db import Database, DatabaseError
 from web import service, tasks
 
 
@@ -167,6 +169,25 @@ def test_a_database_on_a_full_disk_is_not_ready(serve, disk):
     assert "The database cannot be written" in answer.json["error"]
     ballast.unlink()
     assert client.get("/readyz").status_code == 200
+
+
+def test_a_disk_that_fills_while_a_database_is_brought_up_to_date_loses_nothing(disk):
+    path = disk / "tasks.sqlite3"
+    old_databases.node(path, old_databases.node_rows(20_000))
+    before = old_databases.read_all(path, "tasks")
+    ballast = fill(disk, path.stat().st_size)
+    with pytest.raises(DatabaseError) as error:
+        Database(path)
+    assert error.value.full
+    assert "make room" in str(error.value)
+    assert sorted(file.name for file in disk.iterdir()) == [
+        *("ballast", "tasks.sqlite3", "tasks.sqlite3.lock"),
+    ], "what was written is given back"
+    assert old_databases.read_all(path, "tasks") == before
+    ballast.unlink()
+    database = Database(path)
+    assert sum(database.stats().tasks.values()) == 20_000
+    database.close()
 
 
 # The same floor, without a disk of its own

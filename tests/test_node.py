@@ -78,6 +78,14 @@ def test_a_copy_is_kept_as_the_node_server_left_it(path):
     assert read_all(copy, "pragma_user_version") == [(0,)]
 
 
+def test_a_copy_that_was_kept_before_is_replaced(path):
+    copy = Path(f"{path}.version-0")
+    copy.write_text("of another file")
+    node(path, node_rows(6))
+    Database(path).close()
+    assert len(read_all(copy, "tasks")) == 6
+
+
 def test_the_tables_are_those_of_a_new_database(path, tmp_path):
     node(path, node_rows(6))
     new = tmp_path / "new.sqlite3"
