@@ -116,9 +116,12 @@ def _archived(stream: ZipStream, task_id: str, is_there: bool) -> dict[str, Any]
         if is_there:
             raise Refusal(409, "The task is named twice; its picture is there once")
         path = _path(task)
+        try:
+            stream.add_path(path, path.name, recurse=False)
+        except OSError as error:
+            raise _gone(task) from error
     except Refusal as refusal:
         return {"id": task_id, "missing": str(refusal)}
-    stream.add_path(path, path.name, recurse=False)
     return {name: getattr(task, name) for name in _MANIFEST}
 
 
