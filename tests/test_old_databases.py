@@ -26,7 +26,8 @@ AGES = {
     "node": lambda path: node(path, node_rows(TASKS)),
 }
 
-pytestmark = pytest.mark.processes
+# A hundred thousand tasks, several times: on a busy machine that takes its time.
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
