@@ -918,7 +918,10 @@ class Database:
         """Return an error as ours; what is damaged is not written any more."""
         if isinstance(error, DatabaseError):
             return DatabaseError(str(error), error.full, error.is_final)
-        if _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (
+            # All that is said of a damaged table of the index of words.
+            "vtable constructor failed" in str(error)
+        ):
             self._refuse(f"is damaged ({error})")
             return DatabaseError(self._refused(), is_final=True)
         return _plain_error(error, done)

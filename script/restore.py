@@ -66,11 +66,11 @@ def _check(database: Path) -> None:
     try:
         with closing(sqlite3.connect(uri, uri=True)) as connection:
             ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-            ((fault,),) = connection.execute("PRAGMA integrity_check(1)").fetchall()
+            fault = connection.execute("PRAGMA integrity_check(1)").fetchall()[0][0]
     except sqlite3.DatabaseError as error:
         fault = str(error)
     if fault != "ok":
-        raise Refused(f"{database} is damaged ({fault}): take another backup")
+        raise Refused(f"{database} is damaged ({' '.join(fault.split())}): take another backup")
     if version > db.VERSION:
         raise Refused(f"{database} is of a newer version of this server: update it first")
 

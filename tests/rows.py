@@ -47,8 +47,10 @@ def open_watched(path):
     connections, connect = [], sqlite3.connect
 
     def collect(*args, **values):
-        connections.append(connect(*args, **values))
-        return connections[-1]
+        connection = connect(*args, **values)
+        if "factory" in values:  # Not the one that only looks at what the file is.
+            connections.append(connection)
+        return connection
 
     with mock.patch("sqlite3.connect", collect):
         return Database(path), connections
@@ -76,12 +78,14 @@ def steps_taken(connections, work):
     return len(taken)
 
 
-def damage(path):
-    """Overwrite the second half of a database that nobody has open, as a bad disk may."""
-    half = path.stat().st_size // 8192 * 4096
+def damage(path, text=b"2026"):
+    """Overwrite the pages of a database that hold a text, as a bad disk may; nobody has it open."""
+    data = path.read_bytes()
     with path.open("rb+") as file:
-        file.seek(half)
-        file.write(b"\xa5" * half)
+        for start in range(4096, len(data), 4096):
+            if text in data[start : start + 4096]:
+                file.seek(start)
+                file.write(b"\xa5" * 4096)
 
 
 @contextmanager

@@ -895,11 +895,11 @@ def call(database, model, end, name="a"):
 
 
 def test_a_call_is_counted_once_if_it_was_sent(database):
-    unsent = replace(held("x"), hold=None)
+    unsent = replace(held("x"), hold=None, sent=False)
     call(database, "x", unsent)
     assert database.stats().calls == {}
     task = database.claim(NOW)
-    database.finish(task, replace(unsent, reply=Reply(429)), NOW)
+    database.finish(task, replace(unsent, sent=True, reply=Reply(429)), NOW)
     assert database.stats().calls == {"x": 1}
     task = database.claim(NOW)
     database.finish(task, COMPLETED, NOW)
