@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import rows
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -24,6 +25,9 @@ MODELS = ("m", "n")
 MEMORY = Path("/dev/shm")
 UNCOUNTED = ("shutdown", "unavailable", "storage")
 IMAGE = Image("image/png", "png", 3, 1, 1, "0" * 64)
+
+# All of its work is one test.
+pytestmark = pytest.mark.timeout(300)
 
 
 @dataclass
