@@ -296,6 +296,16 @@ def test_processes_that_start_together_have_one_secret(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["database.secret"]
 
 
+def test_a_signature_that_was_given_out_at_its_full_length_still_holds(tmp_path):
+    signer = Signer(tmp_path / "database")
+    secret = (tmp_path / "database.secret").read_bytes()
+    whole = hmac.new(secret, b"image a task", "sha256").hexdigest()
+    assert signer.has_signed("a task", whole)
+    assert signer.has_signed("a task", signer.sign("a task"))
+    for wrong in ("", whole[:31], whole[:40], whole[:-1] + "g", "é" * 32, whole * 2):
+        assert not signer.has_signed("a task", wrong)
+
+
 def test_a_secret_that_is_not_whole_stops_the_start(tmp_path):
     (tmp_path / "database.secret").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"database\.secret: must hold 32 bytes; remove it"):
