@@ -29,7 +29,7 @@ LAYERS = [
     {"web.errors"},
     {"web.answers", "web.schemas"},
     {"worker"},
-    {"db", "chutes", "outputs", "waiters"},
+    {"db", "chutes", "catalogue", "outputs", "waiters"},
     {"images", "config", "node"},
     {"records", "redact", "logs", "doorbell"},
 ]
@@ -44,7 +44,7 @@ ONLY = {
     "flask": {"app", *WEB} - {"web.schemas"},
     "sqlite3": {"db"},
     "requests": {"chutes"},
-    "urllib3": {"chutes"},
+    "urllib3": {"catalogue", "chutes"},
     "PIL": {"images"},
     "prometheus_client": {"web.health"},
     "zipstream": {"web.images"},
