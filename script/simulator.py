@@ -1,4 +1,4 @@
-"""Simulate Chutes on this machine: its checks, its refusals, and an image drawn on the spot.
+"""Simulate Chutes on this machine: its catalogue, its checks, and an image drawn on the spot.
 
 A program of its own, which shares no code with the server and uses no network. What it does
 is read from the public sources of Chutes' gateway.
@@ -11,36 +11,82 @@ import itertools
 import json
 import math
 import random
+import re
 import textwrap
 import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-NUMBER = int | float
-# A field's type and range. Any number of steps passes the router, which makes 50 of more.
-ROUTER = {
-    "prompt": (str,),
-    "negative_prompt": (str,),
-    "width": (int, 128, 2048),
-    "height": (int, 128, 2048),
-    "num_inference_steps": (int, 1, math.inf),
-    "guidance_scale": (NUMBER, 1, 20),
-    "seed": (int | None, 0, 2**32 - 1),
-    "img_guidance_scale": (NUMBER, 0, 20),
-    "image_b64": (list,),
-    "true_cfg_scale": (NUMBER | None, 0, 10),
+TYPES = {"string": str, "integer": int, "number": int | float, "null": type(None)}
+
+
+class Chute(NamedTuple):
+    """A model: what its own check accepts, the format of its images, and whether it is routed."""
+
+    name: str
+    slug: str
+    fields: dict[str, Any]
+    kind: str
+    is_routed: bool = False
+
+
+def number(minimum: float, maximum: float, kind: str = "number") -> dict[str, Any]:
+    """Return the rule of a number, as JSON Schema has it."""
+    return {"type": kind, "minimum": minimum, "maximum": maximum}
+
+
+def or_null(rule: dict[str, Any]) -> dict[str, Any]:
+    """Return the rule of a value that may be null."""
+    return {"anyOf": [rule, {"type": "null"}]}
+
+
+TEXT, SEED = {"type": "string"}, or_null(number(0, 2**32 - 1, "integer"))
+# The router's check. Any number of steps passes, and it makes 50 of more.
+ROUTED = {
+    "prompt": TEXT,
+    "negative_prompt": TEXT,
+    "width": number(128, 2048, "integer"),
+    "height": number(128, 2048, "integer"),
+    "num_inference_steps": number(1, math.inf, "integer"),
+    "guidance_scale": number(1, 20),
+    "seed": SEED,
+    "true_cfg_scale": or_null(number(0, 10)),
 }
-SIDES = {"width": (int, 576, 2048), "height": (int, 576, 2048)}
-# What a model accepts of what has passed, and the format of its images.
-MODELS = {
-    "qwen-image": (ROUTER, "JPEG"),
-    "FLUX.1-dev": (ROUTER | {"num_inference_steps": (int, 1, 30)}, "JPEG"),
-    "z-image-turbo": (ROUTER | SIDES | {"guidance_scale": (NUMBER, 0, 5)}, "PNG"),
-    "hunyuan-image-3": (ROUTER, "WEBP"),
+TURBO = {
+    "prompt": TEXT | {"minLength": 3, "maxLength": 1200},
+    "width": number(576, 2048, "integer"),
+    "height": number(576, 2048, "integer"),
+    "num_inference_steps": number(1, 100, "integer"),
+    "guidance_scale": number(0, 5),
+    "shift": number(1, 10),
+    "max_sequence_length": number(256, 2048, "integer"),
+    "seed": SEED,
 }
+SIDE = r"(?:[12]\d|[1-9])\d\d"
+HUNYUAN = {
+    "prompt": TEXT,
+    "size": TEXT | {"pattern": rf"auto|{SIDE}x{SIDE}|\d\d?:\d\d?"},
+    "steps": number(10, 100, "integer"),
+    "seed": SEED,
+}
+RESOLUTIONS = ["1024x1024", "768x1360", "1360x768", "880x1168", "1168x880", "1248x832", "832x1248"]
+HIDREAM = {
+    "prompt": TEXT,
+    "resolution": TEXT | {"enum": RESOLUTIONS},
+    "guidance_scale": number(0, 10),
+    "num_inference_steps": number(5, 75, "integer"),
+    "seed": SEED,
+}
+CHUTES = [
+    Chute("qwen-image", "chutes-qwen-image", ROUTED, "JPEG", is_routed=True),
+    Chute("z-image-turbo", "vonkaiser-z-image-turbo", TURBO, "PNG"),
+    Chute("hunyuan-image-3", "chutes-hunyuan-image-3", HUNYUAN, "WEBP"),
+    Chute("hidream", "chutes-hidream", HIDREAM, "JPEG"),
+]
 CALLS_A_DAY = 300
 CHUNK_BYTES = 16384
 
@@ -57,7 +103,16 @@ class Call(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, headers, body = self.server.answer(self)
+        self._send(*self.server.answer(self))
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        is_listed = url.path == "/chutes/"
+        found = catalogue(dict(parse_qs(url.query))) if is_listed else {"detail": "Not Found"}
+        headers = {"Content-Type": "application/json"}
+        self._send(200 if is_listed else 404, headers, json.dumps(found).encode())
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -72,7 +127,7 @@ class Call(BaseHTTPRequestHandler):
 
 
 class Simulator(ThreadingHTTPServer):
-    """Serve each model at `/generate`, as the router, and at `/<model>/generate`, as its host."""
+    """Serve the router at `/generate`, hosts at `/<slug>/generate`, the catalogue at `/chutes/`."""
 
     daemon_threads = True
     request_queue_size = 256
@@ -86,6 +141,16 @@ class Simulator(ThreadingHTTPServer):
     def url(self) -> str:
         """Return the address of the router, for CHUTES_API_URL."""
         return f"http://127.0.0.1:{self.server_address[1]}/generate"
+
+    @property
+    def catalogue_url(self) -> str:
+        """Return the address of the catalogue, for CATALOGUE_URL."""
+        return self.url.replace("/generate", "/chutes/")
+
+    @property
+    def chute_url(self) -> str:
+        """Return the address of the hosts, for CHUTE_URL."""
+        return self.url.replace("/generate", "/{slug}")
 
     def answer(self, call: Call) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and body: an image after the latency, or a refusal at once."""
@@ -115,18 +180,21 @@ def check(call: Call) -> tuple[dict[str, Any], str]:
         raise Refusal(401, "Authentication required.")
     fields = parse(call.body)
     host, _, path = call.path.removeprefix("/").rpartition("/")
-    model = host or str(fields.pop("model", None))
-    if model not in MODELS:
-        raise Refusal(404, "No matching chute found!" if host else f"model not found: {model}")
+    if host:
+        chute = next((chute for chute in CHUTES if chute.slug == host), None)
+        missing = "No matching chute found!"
+    else:
+        model = fields.pop("model", None)
+        chute = next((chute for chute in CHUTES if chute.is_routed and chute.name == model), None)
+        missing = f"model not found: {model}"
+    if chute is None:
+        raise Refusal(404, missing)
     if path != "generate":
         raise Refusal(404, "No matching cord found!")
-    accepted, kind = MODELS[model]
-    if "prompt" not in fields or not accepts(ROUTER, fields):
-        raise Refusal(400, "bad request, naughty naughty")
-    if not accepts(accepted, fields):
-        words = '{"detail":"Invalid input parameters"}'
-        raise Refusal(400, f"Invalid request: Invalid request: {words}")
-    return fields, kind
+    if "prompt" not in fields or not accepts(chute.fields, fields):
+        own = 'Invalid request: Invalid request: {"detail":"Invalid input parameters"}'
+        raise Refusal(400, "bad request, naughty naughty" if chute.is_routed else own)
+    return fields, chute.kind
 
 
 def parse(body: bytes) -> dict[str, Any]:
@@ -137,21 +205,76 @@ def parse(body: bytes) -> dict[str, Any]:
     raise Refusal(400, "Invalid JSON body")
 
 
-def accepts(rules: dict[str, tuple[Any, ...]], fields: dict[str, Any]) -> bool:
+def accepts(rules: dict[str, Any], fields: dict[str, Any]) -> bool:
     """Return whether there is a rule for each field, and its value keeps it."""
-    return all(name in rules and fits(value, *rules[name]) for name, value in fields.items())
+    return all(name in rules and fits(value, rules[name]) for name, value in fields.items())
 
 
-def fits(value: Any, kind: Any, *limits: float) -> bool:
-    """Return whether a value is of the kind and, where it is a number, within the limits."""
-    if isinstance(value, bool) or not isinstance(value, kind):
+def fits(value: Any, rule: dict[str, Any]) -> bool:
+    """Return whether a value keeps a rule."""
+    if "anyOf" in rule:
+        return any(fits(value, half) for half in rule["anyOf"])
+    if isinstance(value, bool) or not isinstance(value, TYPES[rule["type"]]):
         return False
-    return value is None or not limits or limits[0] <= value <= limits[1]
+    if isinstance(value, str):
+        is_long = rule.get("minLength", 0) <= len(value) <= rule.get("maxLength", math.inf)
+        matches = re.fullmatch(rule.get("pattern", "(?s).*"), value)
+        return bool(is_long and matches and value in rule.get("enum", [value]))
+    return "minimum" not in rule or rule["minimum"] <= value <= rule["maximum"]
+
+
+def catalogue(query: dict[str, list[str]]) -> dict[str, Any]:
+    """Return a page of the catalogue: its chutes, and beside them how they are called."""
+    template, page, limit = (
+        query.get(name, [default])[0]
+        for name, default in (("template", ""), ("page", "0"), ("limit", "25"))
+    )
+    found = [c for c in CHUTES if template in ("", "diffusion" if c.is_routed else "other")]
+    chutes = found[int(page) * int(limit) :][: int(limit)]
+    return {
+        "total": len(found),
+        "page": int(page),
+        "limit": int(limit),
+        "items": [
+            {
+                "chute_id": str(uuid.uuid5(uuid.NAMESPACE_DNS, chute.slug)),
+                "name": chute.name,
+                "slug": chute.slug,
+                "standard_template": "diffusion" if chute.is_routed else None,
+                "cords": None,
+                "cord_ref_id": f"cords of {chute.slug}",
+                "current_estimated_price": {"usd": {"hour": 1.5, "second": 0.0004}},
+                "hot": chute.name != "hidream",
+            }
+            for chute in chutes
+        ],
+        "cord_refs": {f"cords of {chute.slug}": [cord(chute)] for chute in chutes},
+    }
+
+
+def cord(chute: Chute) -> dict[str, Any]:
+    """Return what is published of how a chute is called, with the lies that were seen."""
+    schema: dict[str, Any] = {"properties": chute.fields, "required": ["prompt"]}
+    if chute.is_routed:
+        schema = {"properties": {"prompt": TEXT}}
+    elif chute.fields is TURBO:
+        wrapper = {"properties": {"input_args": {"$ref": "#/definitions/Input"}}}
+        schema = wrapper | {"$defs": {"Input": schema}}
+    return {
+        "method": "POST",
+        "public_api_path": "/generate",
+        "public_api_method": "POST",
+        "input_schema": schema,
+        "output_content_type": "image/jpeg",
+    }
 
 
 def draw(fields: dict[str, Any], kind: str) -> bytes:
     """Draw the prompt's words on a sky whose colours come from the prompt and the seed."""
+    told = re.findall(r"\d{3,4}", fields.get("resolution", fields.get("size", "")))
     width, height = size = fields.get("width", 1024), fields.get("height", 1024)
+    if told:
+        width, height = size = int(told[0]), int(told[1])
     chance = random.Random(f"{fields['prompt']} {fields.get('seed')}")
     top, bottom, *discs = (f"#{chance.randrange(2**24):06x}" for _ in range(14))
     image = ImageOps.colorize(Image.linear_gradient("L").resize(size), top, bottom)
