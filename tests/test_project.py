@@ -10,12 +10,14 @@ import pytest
 
 import config
 from app import close, create_app
+from models import Model
 from records import ERROR_CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-API, SETTINGS, HOW_IT_WORKS = (
-    (ROOT / "docs" / name).read_text() for name in ("api.md", "settings.md", "how-it-works.md")
+API, SETTINGS, HOW_IT_WORKS, MODELS = (
+    (ROOT / "docs" / name).read_text()
+    for name in ("api.md", "settings.md", "how-it-works.md", "models.md")
 )
 DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 # From the gunicorn hooks down: each module may import what stands in a line below its own.
@@ -92,8 +94,8 @@ def test_the_simulator_is_a_program_of_its_own():
 def test_importing_does_nothing(tmp_path):
     program = (
         "import os, sys, threading; before = set(os.listdir());"
-        "import app, backup, benchmark, chutes, config, db, images, logs, outputs, restore;"
-        "import simulator, worker;"
+        "import app, backup, benchmark, catalogue, chutes, config, db, images, list_models, logs;"
+        "import outputs, restore, simulator, worker;"
         "assert threading.active_count() == 1; assert set(os.listdir()) == before"
     )
     subprocess.run(
@@ -108,6 +110,12 @@ def test_every_module_is_in_the_table():
     rows = re.findall(r"^\| (`.+?) \|", section(HOW_IT_WORKS, "The modules"), re.M)
     told = re.findall(r"`([^`/]+\.py|web/[^`]+\.py)`", "\n".join(rows))
     assert sorted(told) == sorted(str(path.relative_to(ROOT)) for path in OURS.values())
+
+
+def test_every_key_of_a_model_is_in_the_table():
+    rows = re.findall(r"^\| `(\w+)` \|", section(MODELS, "The file of models"), re.M)
+    hidden = {"name", "source", "hot", "usd_per_hour"}
+    assert set(rows) == Model.model_fields.keys() - hidden
 
 
 def test_every_setting_is_in_the_table_and_in_the_example():
