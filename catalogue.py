@@ -77,7 +77,11 @@ class Reader:
             raise CatalogueError("The catalogue is not read: the server stops")
         if process.returncode or len(output) > _MAX_OUTPUT:
             raise CatalogueError(error or "The process that reads the catalogue was killed")
-        return [Model.model_validate_json(line) for line in output.splitlines()]
+        try:
+            return [Model.model_validate_json(line) for line in output.splitlines()]
+        except ValueError as error:
+            message = "The catalogue was read by another version; start the server again"
+            raise CatalogueError(message) from error
 
     def close(self) -> None:
         """End a read that is under way, and all later ones."""

@@ -1,5 +1,6 @@
 """The catalogue is read whole or not at all, costs the server nothing, and hurts nobody."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -515,6 +516,12 @@ def test_what_is_no_catalogue_is_an_error_in_a_line(reader, answer, status, why)
     assert len(server.asked) <= catalogue.MAX_PAGES
 
 
+def test_what_was_packed_unasked_is_not_unpacked(reader):
+    body = gzip.compress(json.dumps(page()).encode())
+    with listing(lambda *_: body, headers={"Content-Encoding": "gzip"}) as server:
+        fails(server.url, reader, "is not JSON")
+
+
 def test_the_size_of_all_pages_together_is_bounded(reader):
     def answer(template, number):
         return page(chute("a", readme="x" * 10 * 2**20), total=100)
@@ -547,7 +554,7 @@ def test_a_read_that_drips_ends_in_time():
         begun = time.monotonic()
         code = "import catalogue; catalogue.MAX_SECONDS = 2; catalogue.main()"
         status, out, error = program(server.url, code=("-c", code), cwd=ROOT)
-    assert 2 < time.monotonic() - begun < 6
+    assert 2 < time.monotonic() - begun < 20
     assert (status, out) == (1, "")
     assert "more than 2 s" in error
     assert error.count("\n") == 1
@@ -577,7 +584,7 @@ def test_a_stop_does_not_wait_for_a_read(reader):
         stopped = time.monotonic()
         reader.close()
         thread.join(20)
-        assert time.monotonic() - stopped < 1
+        assert time.monotonic() - stopped < 5
     assert raised == ["The catalogue is not read: the server stops"]
     with pytest.raises(CatalogueError, match="the server stops"):
         reader.read(server.url, CHUTE_URL)
@@ -594,6 +601,23 @@ def test_a_process_that_is_killed_is_an_error(reader):
     ):
         reader.read(server.url, CHUTE_URL)
     assert wait_until(lambda: reader._process.returncode) == -9
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ('print(\'{"name": "a", "a_new_key": 1}\')', "another version"),
+        ("import sys; sys.exit('first line\\n\\nthe reason')", "^the reason$"),
+        ("while True: print('x' * 10**6)", "was killed"),
+        ("import time; time.sleep(60)", "was killed"),
+    ],
+)
+def test_whatever_the_process_does_is_an_error_in_time(reader, tmp_path, monkeypatch, code, why):
+    (tmp_path / "catalogue.py").write_text(code)
+    monkeypatch.setattr(catalogue, "__file__", str(tmp_path / "catalogue.py"))
+    monkeypatch.setattr(catalogue, "MAX_SECONDS", -3)
+    with pytest.raises(CatalogueError, match=why):
+        reader.read("http://127.0.0.1:9/", CHUTE_URL)
 
 
 @pytest.mark.parametrize(
