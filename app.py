@@ -19,7 +19,8 @@ from chutes import Chutes
 from config import Config
 from db import Database, DatabaseError
 from images import Decoder
-from web import access, errors, health, images, openai, openapi, page, tasks
+from registry import ModelRegistry
+from web import access, errors, health, images, models, openai, openapi, page, tasks
 from web.params import MAX_BODY
 from web.service import Service, service
 from worker import Worker
@@ -57,8 +58,9 @@ def create_app(config: Config) -> Flask:
     signer = access.Signer(config.database_path)
     database = Database(config.database_path)
     decoder = Decoder()
-    worker = Worker(config, database, Chutes(config), decoder)
-    app.extensions["service"] = Service(config, database, worker, decoder, signer)
+    registry = ModelRegistry(config, database)
+    worker = Worker(config, database, Chutes(config), decoder, registry)
+    app.extensions["service"] = Service(config, database, worker, decoder, signer, registry)
     if config.trusted_proxies:
         count = config.trusted_proxies
         proxied = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count)
@@ -67,7 +69,7 @@ def create_app(config: Config) -> Flask:
     app.before_request(_start_worker)
     app.after_request(_note)
     errors.register(app, config)
-    for module in (tasks, openapi, page, health, images, openai):
+    for module in (tasks, models, openapi, page, health, images, openai):
         app.register_blueprint(module.bp)
     return app
 

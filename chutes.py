@@ -22,7 +22,9 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
+import models
 from config import Config
+from models import Model
 from records import AttemptError, Remedy, Reply
 
 MAX_RETRY_AFTER = 3600.0
@@ -36,6 +38,8 @@ _CHUNK = 65536
 _DETAIL_LENGTH = 300
 # A refusal may be JSON in a sentence in JSON, and so on.
 _MAX_WRAPPINGS = 8
+# Chutes' edge ends every call at 600 s: a gateway's error that late is about work that took long.
+EDGE_SECONDS = 300.0
 _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
 
 
@@ -71,6 +75,7 @@ class CancelToken:
 
     def __init__(self) -> None:
         self.connected = False
+        self.host: str | None = None
         self.reason: str | None = None
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
@@ -83,6 +88,7 @@ class CancelToken:
 
     def connect(self, host: str, port: int, seconds: float) -> socket.socket:
         """Connect to the first address that answers; they share that time fairly."""
+        self.host = host
         deadline = time.monotonic() + seconds
         error = OSError("no address")
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -184,7 +190,7 @@ class Chutes:
 
     def generate(
         self,
-        model: str,
+        model: Model,
         prompt: str,
         params: dict[str, Any],
         path: Path,
@@ -202,7 +208,9 @@ class Chutes:
         """
         try:
             with path.open("wb") as file:
-                return self._call(model, self._body(model, prompt, params), file, token, sink)
+                url, name = models.address(model, self._config.chutes_api_url)
+                body = {**({"model": name} if name else {}), "prompt": prompt, **params}
+                return self._call(url, model.name, body, file, token, sink)
         finally:
             self._watchdog.forget(token)
             token.close()
@@ -211,13 +219,9 @@ class Chutes:
         """End the thread that watches the deadlines."""
         self._watchdog.close()
 
-    def _body(self, model: str, prompt: str, params: dict[str, Any]) -> dict[str, Any]:
-        if self._config.model_in_url:
-            return {"prompt": prompt, **params}
-        return {"model": model, "prompt": prompt, **params}
-
     def _call(
         self,
+        url: str,
         model: str,
         body: dict[str, Any],
         file: BinaryIO,
@@ -228,7 +232,7 @@ class Chutes:
         deadline = time.monotonic() + self._config.task_timeout
         self._watchdog.cancel_after(token, self._config.task_timeout, "deadline")
         try:
-            with self._session(token) as session, self._post(session, model, body) as response:
+            with self._session(token) as session, self._post(session, url, body) as response:
                 reply = self._reply(response)
                 if not 200 <= response.status_code < 300:
                     left = max(0, deadline - time.monotonic())
@@ -256,12 +260,10 @@ class Chutes:
         finally:
             session.close()
 
-    def _post(
-        self, session: requests.Session, model: str, body: dict[str, Any]
-    ) -> requests.Response:
+    def _post(self, session: requests.Session, url: str, body: dict[str, Any]) -> requests.Response:
         timeout = self._config.task_timeout
         return session.post(
-            self._config.chutes_api_url.replace("{model}", model),
+            url,
             json=body,
             headers={
                 "Authorization": f"Bearer {self._config.chutes_api_token}",
@@ -367,6 +369,10 @@ class Chutes:
         if status in (429, 503):
             return hold(f"Chutes has no free capacity for {model}", text, wait=wait)
         if status in (502, 504) or 520 <= status <= 524:
+            if response.elapsed.total_seconds() >= EDGE_SECONDS:
+                headline = f"Chutes' gateway gave the call up after {response.elapsed.seconds} s"
+                advice = "Lower num_inference_steps or the size"
+                return refuse(Remedy.RETRY, "upstream_timeout", headline, advice=advice)
             return hold(f"Chutes' gateway has no answer for {model} ({status})", wait=wait)
         if status == 408 or status >= 500:
             return refuse(Remedy.RETRY, "upstream_error", f"Chutes failed ({status})", text)

@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-import ipaddress
+import functools
 import logging
 import os
 import re
@@ -16,9 +16,20 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+)
 
+import models
 import redact
+import urls
+from models import Model
+from urls import is_loopback
 
 ROOT = Path(__file__).resolve().parent
 # How similar a name in .env must be to a setting's to count as a misspelling of it, 0 to 1.
@@ -80,16 +91,6 @@ def _rate_limit(text: str) -> RateLimit:
     return RateLimit(int(count), float(seconds))
 
 
-def _upstream_url(url: str) -> str:
-    parts = urlsplit(url.replace("{model}", "model"))
-    host, _ = parts.hostname, parts.port  # Either may raise ValueError.
-    if not host or re.search(r"[?#@\\]", url):
-        raise ValueError
-    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
-        raise ValueError
-    return url
-
-
 def _origin(url: str) -> str:
     """Return the address as browsers write it in Origin: without the scheme's own port."""
     parts = urlsplit(url.rstrip("/").lower())
@@ -99,10 +100,14 @@ def _origin(url: str) -> str:
 
 
 _TOKEN = _rule("printable ASCII", "[ -~]+", repr=False)
-_URL = _rule(
-    "an https address, or http on loopback, without user, query or fragment",
-    "[!-~]+",
-    _upstream_url,
+_URL = _rule(urls.RULE, read=functools.partial(urls.check_upstream, variable="model"))
+_CHUTE_URL = _rule(
+    f"{urls.RULE}, with {{slug}} in it",
+    r".*\{slug\}.*",
+    functools.partial(urls.check_upstream, variable="slug"),
+)
+_CATALOGUE_URL = _rule(
+    f"off, or {urls.RULE}", read=lambda url: "" if url == "off" else urls.check_upstream(url)
 )
 _HOST = _rule("a host name or an address", r"[A-Za-z0-9.:\[\]%_-]+", lambda host: host.strip("[]"))
 _RATE = _rule(
@@ -123,6 +128,14 @@ _ORIGIN = _rule(
 _Key = Annotated[str, Field(pattern="^[!-~]+$")]
 _Path = Annotated[
     Path, Field(description="a path", validate_default=True), BeforeValidator(_below_root)
+]
+
+
+# A file that comes with the code, wherever the other files are.
+_ShippedPath = Annotated[
+    Path,
+    Field(description="a path", validate_default=True),
+    BeforeValidator(lambda path: ROOT / path),
 ]
 
 
@@ -158,11 +171,26 @@ class Config(BaseModel, frozen=True, alias_generator=str.upper):
     max_pending: Annotated[int, *_integer(1, 1_000_000_000)] = 10000
     max_per_day: Annotated[int, *_integer(0, 1_000_000_000)] = 0
     models: Annotated[tuple[str, ...], *_NAMES] = ()
+    models_file: _ShippedPath = Path("models.toml")
+    catalogue_url: Annotated[str, *_CATALOGUE_URL] = "https://api.chutes.ai/chutes/"
+    chute_url: Annotated[str, *_CHUTE_URL] = "https://{slug}.chutes.ai"
     min_free_mb: Annotated[int, *_integer(0, 1_000_000_000)] = 200
     retention_days: Annotated[int, *_integer(0, 36_500)] = 0
     openai_wait: Annotated[float, *_seconds(1, 86_400)] = 280.0
     public_url: Annotated[str | None, *_ORIGIN] = None
     trusted_proxies: Annotated[int, *_integer(0, 10)] = 0
+
+    _file_models: dict[str, Model] = PrivateAttr(default_factory=dict)
+
+    @property
+    def file_models(self) -> dict[str, Model]:
+        """Return the models of MODELS_FILE, by each of their names."""
+        return self._file_models
+
+    def canonical(self, name: str) -> str:
+        """Return what a model of MODELS_FILE is called beside its aliases, or the name itself."""
+        model = self._file_models.get(name)
+        return model.name if model else name
 
     @property
     def model_in_url(self) -> bool:
@@ -249,6 +277,7 @@ def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
         config = Config.model_validate(values, context=root)
     except ValidationError as error:
         raise _setting_error(error.errors()[0], values) from None
+    _read_models(config)
     _check_models(config)
     if violation := bind_error(config, config.host):
         raise ConfigError(violation)
@@ -272,12 +301,20 @@ def _rule_error(name: str, value: object, rule: str) -> ConfigError:
     return ConfigError(f"{name}={value}: must be {rule}")
 
 
+def _read_models(config: Config) -> None:
+    try:
+        config.file_models.update(models.load(config.models_file))
+    except models.ModelError as error:
+        raise ConfigError(f"MODELS_FILE={config.models_file}: {error}") from None
+
+
 def _check_models(config: Config) -> None:
-    for name, models in (("DEFAULT_MODEL", [config.default_model]), ("MODELS", config.models)):
-        for model in models:
-            if rule := model_name_error(model, config.model_in_url):
+    for name, values in (("DEFAULT_MODEL", [config.default_model]), ("MODELS", config.models)):
+        for model in values:
+            if rule := model_name_error(model, config):
                 raise _rule_error(name, model, rule)
-    if config.models and config.default_model not in config.models:
+    allowed = {config.canonical(name) for name in config.models}
+    if allowed and config.canonical(config.default_model) not in allowed:
         rule = f"one of MODELS, {', '.join(config.models)}"
         raise _rule_error("DEFAULT_MODEL", config.default_model, rule)
 
@@ -295,33 +332,21 @@ def _check_paths(config: Config) -> None:
         raise _rule_error("OUTPUT_DIR", outputs, "a writable folder")
 
 
-def model_rule(one_label: bool) -> tuple[str, str]:
-    """Return the pattern that a model's whole name must match, and the rule in words.
+def model_name_error(name: str, config: Config, model: Model | None = None) -> str | None:
+    """Return the rule that a model's name breaks, or None; `model` is what is known of it.
 
-    With `one_label` the name becomes part of a host name, so that it must be a
-    single DNS label: anything else could send the token to another host.
+    A name that becomes part of a host name must be a single label: anything else could send
+    the token to another host.
     """
-    if one_label:
-        words = "one DNS label: letters, digits and inner '-', at most 63"
-        return "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", words
-    words = "a letter or digit, then at most 99 letters, digits or . _ : / - without '..' or '//'"
-    return r"(?!.*\.\.)(?!.*//)[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}", words
-
-
-def model_name_error(model: str, one_label: bool) -> str | None:
-    """Return the rule that a model's name breaks, or None."""
-    pattern, words = model_rule(one_label)
-    return None if re.fullmatch(pattern, model) else words
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether a host name or address can be reached from this machine alone."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    if not re.fullmatch(models.NAME, name):
+        return models.NAME_RULE
+    model = model or config.file_models.get(name)
+    is_in_url = config.model_in_url and (
+        model is None or model.url in (models.ROUTER, config.chutes_api_url)
+    )
+    if is_in_url and not re.fullmatch(urls.LABEL, model.name if model else name):
+        return "one DNS label: letters, digits and inner '-', at most 63"
+    return None
 
 
 def bind_error(config: Config, host: str) -> str | None:

@@ -23,6 +23,7 @@ import node
 from records import (
     ALL_MODELS,
     CANCELED,
+    CatalogueState,
     Ending,
     Hold,
     IdempotencyKey,
@@ -44,6 +45,7 @@ MAX_COUNTED_MODELS = 100
 OTHER_MODELS = "_other"
 _MAX_BATCH = 64
 KEY_SECONDS = 86400.0
+CATALOGUE_AWAITED = "the catalogue is read for "
 _Values = Sequence[Any] | Mapping[str, Any]
 # One script a version.
 _SCRIPTS = Path(__file__).with_name("schema.sql").read_text().split("\n-- version ")[1:]
@@ -95,6 +97,7 @@ WHERE NOT EXISTS (SELECT 1 FROM queue WHERE paused)
   AND NOT EXISTS (SELECT 1 FROM holds
                   WHERE holds.model IN (ready.model, '*')
                     AND (probe IS NOT NULL OR until > :now))
+  AND ready.model NOT IN (SELECT value FROM json_each(:busy))
 ORDER BY tasks.priority DESC, tasks.seq LIMIT 1
 """
 
@@ -185,11 +188,14 @@ class Database:
                 raise LowOnDisk
             _check_pending_limit(connection, max_pending, len(tasks))
             connection.executemany(
-                """INSERT INTO tasks
-                     (id, prompt, model, params, priority, status, created_at, updated_at)
-                   VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)""",
+                """INSERT INTO tasks (id, prompt, model, params, priority, seed_chosen, status,
+                                      created_at, updated_at)
+                   VALUES (?, ?, ?, ?, ?, ?, 'pending', ?, ?)""",
                 [
-                    (t.id, t.prompt, t.model, json.dumps(t.params), t.priority, *[stamp(now)] * 2)
+                    (
+                        *(t.id, t.prompt, t.model, json.dumps(t.params), t.priority),
+                        *(t.seed_chosen, stamp(now), stamp(now)),
+                    )
                     for t in tasks
                 ],
             )
@@ -236,6 +242,13 @@ class Database:
             )
             ((paused, pause_reason),) = connection.rows("SELECT paused, pause_reason FROM queue")
             holds = _holds(connection, [ALL_MODELS, *(task.model for task in tasks)])
+            running = Counter(
+                model
+                for (model,) in connection.rows(
+                    "SELECT model FROM tasks INDEXED BY tasks_processing "
+                    "WHERE status = 'processing'"
+                )
+            )
             shared = QueueView(
                 ahead=0,
                 processing=_count(connection, "processing"),
@@ -250,18 +263,23 @@ class Database:
                 shared,
                 ahead=bisect.bisect_left(line, (-task.priority, task.seq)),
                 holds=tuple(hold for hold in holds if hold.model in (ALL_MODELS, task.model)),
+                processing_of_model=running[task.model],
             )
             for task in tasks
         ]
 
     def claim(
-        self, now: float, rate_limit: tuple[int, float] | None = None, max_per_day: int = 0
+        self,
+        now: float,
+        rate_limit: tuple[int, float] | None = None,
+        max_per_day: int = 0,
+        busy: Sequence[str] = (),
     ) -> Task | None:
         """Take the next task that may run and note its call, or return None.
 
         None may run where so many calls were started in that many seconds, or sent today.
         Highest priority first, then first in, first out. Passed over are tasks that wait
-        for their next attempt, models that are held, and all while the queue is paused.
+        for their next attempt, models that are held or `busy`, and all while the queue is paused.
         The first task of a model after its hold has ended is the probe: no other task of
         that model is claimed before the probe's call has ended.
         """
@@ -280,7 +298,7 @@ class Database:
                       started_at = :stamp, updated_at = :stamp
                     WHERE seq = ({_NEXT}) AND status = 'pending'
                     RETURNING {_COLUMNS}""",
-                {"now": now, "stamp": stamp(now)},
+                {"now": now, "stamp": stamp(now), "busy": json.dumps(busy)},
             )
             if not rows:
                 return None
@@ -393,24 +411,10 @@ class Database:
         with self._read() as connection:
             return connection.count("SELECT coalesce(max(seq), 0) FROM tasks")
 
-    def models(self) -> list[str]:
-        """Return the models that have made a picture, of the tasks that are kept."""
-        return self._column(
-            """WITH RECURSIVE used (model) AS (
-                 SELECT min(model) FROM tasks INDEXED BY tasks_status_model
-                 WHERE status = 'completed'
-                 UNION ALL
-                 SELECT (SELECT min(tasks.model) FROM tasks INDEXED BY tasks_status_model
-                         WHERE status = 'completed' AND tasks.model > used.model)
-                 FROM used WHERE used.model IS NOT NULL
-               )
-               SELECT model FROM used WHERE model IS NOT NULL LIMIT 1000"""
-        )
-
     def calls(self, id: str) -> list[PastCall]:
         """Read the upstream calls of a task, the first one first."""
         rows = self._fetch(
-            """SELECT number, started, seconds, http_status, outcome, invocation_id
+            """SELECT number, started, seconds, http_status, outcome, invocation_id, host
                FROM calls WHERE task = ? ORDER BY number""",
             (id,),
         )
@@ -454,14 +458,22 @@ class Database:
                WHERE status = 'processing' AND canceling"""
         )
 
-    def retry(self, id: str, new_id: str, now: float, max_pending: int | None = None) -> bool:
+    def retry(
+        self,
+        id: str,
+        new_id: str,
+        now: float,
+        max_pending: int | None = None,
+        choose_seed: Callable[[str], int | None] = lambda model: None,
+    ) -> bool:
         """Add a new task with the input of one that has ended; False where it has not.
 
+        `choose_seed` returns another for a model, where it was chosen and not asked for.
         Raises QueueFull.
         """
         with self._write() as connection:
             _check_pending_limit(connection, max_pending)
-            return _retry(connection, id, new_id, now)
+            return _retry(connection, id, new_id, now, choose_seed)
 
     def retry_failed(
         self,
@@ -471,6 +483,7 @@ class Database:
         new_id: Callable[[], str],
         now: float,
         max_pending: int | None = None,
+        choose_seed: Callable[[str], int | None] = lambda model: None,
         limit: int = 500,
     ) -> int:
         """Add anew up to `limit` failed tasks not retried yet, the oldest first; say how many.
@@ -495,7 +508,7 @@ class Database:
             if rows and limit < 1:
                 raise QueueFull
             for (id,) in rows:
-                _retry(connection, id, new_id(), now)
+                _retry(connection, id, new_id(), now, choose_seed)
             return len(rows)
 
     def delete(self, id: str, limits_since: float) -> bool:
@@ -628,6 +641,76 @@ class Database:
             connection.execute("DELETE FROM counts")
             connection.execute(f"INSERT INTO counts {anew}")
         return False
+
+    def catalogue_entry(self, name: str) -> str | None:
+        """Return what the catalogue says of a model of this name, in JSON, or None."""
+        entries = self._column(
+            """SELECT entry FROM catalogue_names JOIN catalogue_models USING (position)
+               WHERE name = ?""",
+            (name,),
+        )
+        return entries[0] if entries else None
+
+    def catalogue_entries(self) -> list[str]:
+        """Return what the catalogue says of all its models, in JSON, the busiest first."""
+        return self._column("SELECT entry FROM catalogue_models ORDER BY position")
+
+    def catalogue_names(self) -> list[str]:
+        """Return all names of the catalogue's models."""
+        return self._column("SELECT name FROM catalogue_names")
+
+    def catalogue_state(self) -> CatalogueState:
+        """Read how old the catalogue is."""
+        rows = self._fetch(
+            """SELECT read_at, tried_at, is_reading, error,
+                 EXISTS (SELECT 1 FROM holds WHERE reason = ? || model)
+               FROM catalogue""",
+            (CATALOGUE_AWAITED,),
+        )
+        read_at, tried_at, is_reading, error, is_awaited = rows[0]
+        return CatalogueState(read_at, tried_at, bool(is_reading), error, bool(is_awaited))
+
+    def await_catalogue(self, model: str, now: float, seconds: float, step: float) -> None:
+        """Hold a model that is not known until the catalogue was read, at most so many seconds.
+
+        Not where that was tried in the last minute, whatever came of it.
+        """
+        self._run(
+            """INSERT OR IGNORE INTO holds (model, reason, until, step, room)
+               SELECT :model, :awaited || :model, :until, :step, 0 FROM catalogue
+               WHERE is_reading OR tried_at IS NULL OR abs(:now - tried_at) > 60""",
+            {
+                **{"model": model, "awaited": CATALOGUE_AWAITED, "until": now + seconds},
+                **{"step": step, "now": now},
+            },
+        )
+
+    def begin_catalogue(self, now: float) -> None:
+        """Note that the catalogue is being read."""
+        self._run("UPDATE catalogue SET is_reading = 1, tried_at = ?", (now,))
+
+    def end_catalogue(
+        self, now: float, models: Sequence[tuple[str, Sequence[str]]] = (), error: str | None = None
+    ) -> None:
+        """Keep a catalogue that was read, entries with their names, or why it was not.
+
+        Lets go on those who waited for it.
+        """
+        with self._write() as connection:
+            connection.execute("UPDATE catalogue SET is_reading = 0, error = ?", (error,))
+            connection.execute("DELETE FROM holds WHERE reason = ? || model", (CATALOGUE_AWAITED,))
+            if error is None:
+                connection.execute("UPDATE catalogue SET read_at = ?", (now,))
+                connection.execute("DELETE FROM catalogue_models")
+                connection.execute("DELETE FROM catalogue_names")
+                connection.executemany(
+                    "INSERT INTO catalogue_models VALUES (?, ?)",
+                    [(position, entry) for position, (entry, _) in enumerate(models)],
+                )
+                connection.executemany(
+                    "INSERT INTO catalogue_names VALUES (?, ?)",
+                    [(n, position) for position, (_, names) in enumerate(models) for n in names],
+                )
 
     def pause(self) -> None:
         """Start no call any more, until `resume`."""
@@ -992,12 +1075,23 @@ def _match(text: str) -> str:
     return " ".join('"{}"*'.format(word.replace('"', '""')) for word in longest)
 
 
-def _retry(connection: _Connection, task_id: str, new_id: str, now: float) -> bool:
-    values = {"id": task_id, "new_id": new_id, "stamp": stamp(now)}
+def _retry(
+    connection: _Connection,
+    task_id: str,
+    new_id: str,
+    now: float,
+    choose_seed: Callable[[str], int | None],
+) -> bool:
+    models = connection.rows("SELECT model FROM tasks WHERE id = ? AND seed_chosen", (task_id,))
+    seed = choose_seed(models[0][0]) if models else None
+    values = {"id": task_id, "new_id": new_id, "stamp": stamp(now), "seed": seed}
     cursor = connection.execute(
         """INSERT INTO tasks
-             (id, prompt, model, params, priority, status, created_at, updated_at, retry_of)
-           SELECT :new_id, prompt, model, params, priority, 'pending', :stamp, :stamp, id
+             (id, prompt, model, params, priority, seed_chosen, status, created_at, updated_at,
+              retry_of)
+           SELECT :new_id, prompt, model,
+             iif(:seed IS NULL, params, json_set(params, '$.seed', :seed)),
+             priority, seed_chosen, 'pending', :stamp, :stamp, id
            FROM tasks WHERE id = :id AND status IN ('completed', 'failed')""",
         values,
     )
@@ -1013,10 +1107,12 @@ def _cancel(now: float) -> dict[str, Any]:
 
 def _end_call(connection: _Connection, task: Task, end: Ending) -> None:
     cursor = connection.execute(
-        """UPDATE calls SET outcome = ?, sent = ?, seconds = ?, http_status = ?, invocation_id = ?
+        """UPDATE calls SET outcome = ?, sent = ?, seconds = ?, http_status = ?, invocation_id = ?,
+             host = ?
            WHERE task = ? AND number = ? AND outcome IS NULL""",
         (
             *(end.outcome, end.sent, end.seconds, end.reply.status, end.reply.invocation_id),
+            end.host,
             *(task.id, task.calls),
         ),
     )

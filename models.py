@@ -1,5 +1,7 @@
 """Models: what each one takes, and where it is called, as `models.toml` and the catalogue say."""
 
+import math
+import random
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -66,6 +68,18 @@ class FieldRule(Length, frozen=True):
         return self
 
 
+# What any model may be asked for, as long as nothing else is known of it.
+ANY_FIELDS = {
+    "guidance_scale": FieldRule(type="number", minimum=0, maximum=20),
+    "width": FieldRule(type="integer", minimum=128, maximum=2048),
+    "height": FieldRule(type="integer", minimum=128, maximum=2048),
+    "num_inference_steps": FieldRule(type="integer", minimum=1, maximum=100),
+    "negative_prompt": FieldRule(type="string"),
+    "seed": FieldRule(type="integer", minimum=0, maximum=2**32 - 1),
+    "true_cfg_scale": FieldRule(type="number", minimum=0, maximum=10),
+}
+
+
 class Images(_Table, frozen=True):
     """The field that carries input images in base64; where `maximum` is 1, a text and no list."""
 
@@ -108,10 +122,13 @@ class Model(_Table, frozen=True):
             raise ValueError(f"send: {unknown.pop()} must be one of fields")
         return self
 
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
-    def has_seed(self) -> bool:
-        """Return whether the model is known to take a seed."""
-        return "seed" in (self.fields or {})
+    def known_fields(self) -> dict[str, FieldRule]:
+        """Return the fields that may be asked for."""
+        return ANY_FIELDS if self.fields is None else self.fields
 
 
 def load(path: Path) -> dict[str, Model]:
@@ -183,6 +200,13 @@ def address(model: Model, router: str) -> tuple[str, str | None]:
     if "{model}" in router:
         return router.replace("{model}", model.name), None
     return router, model.model
+
+
+def choose_seed(rule: FieldRule) -> int:
+    """Return a seed that a field takes, chosen at random."""
+    least = 0 if rule.minimum is None else math.ceil(rule.minimum)
+    most = 2**32 - 1 if rule.maximum is None else math.floor(rule.maximum)
+    return random.randint(least, max(least, most))
 
 
 def rules(fields: Mapping[str, FieldRule]) -> dict[str, Any]:

@@ -88,13 +88,17 @@ class Task:
 
 @dataclass(frozen=True)
 class NewTask:
-    """One image to make, as it is added; `params` is what is sent beside prompt and model."""
+    """One image to make, as it is added; `params` is what is sent beside prompt and model.
+
+    A retry chooses the seed anew where it was chosen here, and not asked for.
+    """
 
     id: str
     prompt: str
     model: str
     params: dict[str, Any]
     priority: int = 0
+    seed_chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class PastCall:
     http_status: int | None
     outcome: str | None
     invocation_id: str | None
+    host: str | None
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,20 @@ class NewHold:
     maximum: float
     wait: float | None = None
     room: int = 0
+
+
+@dataclass(frozen=True)
+class CatalogueState:
+    """When Chutes' catalogue was read last, and tried last (epoch seconds), and why in vain.
+
+    `is_awaited` while a task waits for it.
+    """
+
+    read_at: float | None
+    tried_at: float | None
+    is_reading: bool
+    error: str | None
+    is_awaited: bool
 
 
 @dataclass(frozen=True)
@@ -178,6 +197,7 @@ class QueueView:
     holds: tuple[Hold, ...]
     next_start: float | None
     calls_today: int = 0
+    processing_of_model: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,8 +260,8 @@ class Ending:
     again, at once or after `not_before` (epoch seconds). `outcome` is a word for the call,
     and the error_code of a task that failed. A call that was not `counted` used up no
     attempt, and one that was not `sent` is none of the day's calls. `hold` and `pause_reason`
-    are for the tasks that wait. `seconds` is what the call took, if it was this process that
-    made it.
+    are for the tasks that wait. `seconds` is what the call took, and `host` where it went, if
+    it was this process that made it.
     """
 
     outcome: str
@@ -257,6 +277,7 @@ class Ending:
     pause_reason: str | None = None
     has_lost_image: bool = False
     seconds: float | None = None
+    host: str | None = None
 
 
 CANCELED = Ending("canceled", "failed", counted=False, error="A client canceled the task")

@@ -181,3 +181,20 @@ UPDATE tasks SET retry_of = old.id FROM tasks AS old WHERE old.retried_as = task
 -- How many calls were ever sent, by model: kept when their tasks are deleted, of so many models
 -- that a list of them stays short.
 CREATE TABLE calls_by_model (model TEXT PRIMARY KEY, calls INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+
+-- Chutes' catalogue: what is known of its models, the busiest first, and all names of each.
+CREATE TABLE catalogue (
+  id INTEGER PRIMARY KEY CHECK (id = 1),
+  read_at REAL,
+  tried_at REAL,
+  is_reading INTEGER NOT NULL DEFAULT 0,
+  error TEXT
+) STRICT;
+INSERT INTO catalogue (id) VALUES (1);
+CREATE TABLE catalogue_models (position INTEGER PRIMARY KEY, entry TEXT NOT NULL) STRICT;
+CREATE TABLE catalogue_names (name TEXT PRIMARY KEY, position INTEGER NOT NULL)
+  STRICT, WITHOUT ROWID;
+
+ALTER TABLE calls ADD COLUMN host TEXT;
+-- Whether a retry chooses the seed anew.
+ALTER TABLE tasks ADD COLUMN seed_chosen INTEGER NOT NULL DEFAULT 0;

@@ -8,6 +8,7 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +37,7 @@ from records import (
     Reply,
     Task,
 )
+from registry import ModelRegistry
 from waiters import Waiters
 
 # Whoever sleeps looks up as often, in seconds, as a ring can be lost.
@@ -74,9 +76,11 @@ class Worker:
         database: Database,
         client: Any,
         decoder: images.Decoder,
+        registry: ModelRegistry,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = random.random,
     ):
+        self._models = registry
         self._config = config
         self._db = database
         self._chutes = client
@@ -177,6 +181,7 @@ class Worker:
         if self._thread:
             self._thread.join()
         self._chutes.close()
+        self._models.close()
         self._bell.close()
 
     def _run(self) -> None:
@@ -249,6 +254,7 @@ class Worker:
         if abs(now - self._last_chores) >= _CHORES_SECONDS:
             self._last_chores = now
             self._disk_is_full = self._look_at_disk(now)
+            self._models.refresh_if_due()
             self._has_more_chores = True
         if self._has_more_chores:
             self._has_more_chores = self._expire(now) or self._purge(now)
@@ -262,7 +268,7 @@ class Worker:
         if self._disk_is_full:
             return False
         limit = rate_limit(self._config)
-        task = self._db.claim(self._clock(), limit, self._config.max_per_day)
+        task = self._db.claim(self._clock(), limit, self._config.max_per_day, self._busy())
         if task is None:
             return False
         token = CancelToken()
@@ -273,6 +279,16 @@ class Worker:
             self._take_back(task, token, error)
             return False
         return True
+
+    def _busy(self) -> list[str]:
+        """Return the models of which as many calls are under way as may be."""
+        running = Counter(task.model for task, _ in list(self._running.values()))
+        limits = {name: self._config.file_models.get(name) for name in running}
+        return [
+            name
+            for name, model in limits.items()
+            if model and model.concurrency and running[name] >= model.concurrency
+        ]
 
     def _take_back(self, task: Task, token: CancelToken, error: RuntimeError) -> None:
         """Undo a claim that the pool did not take: no thread to be had, or no interpreter."""
@@ -381,7 +397,7 @@ class Worker:
         # Before the row: what dies in between is still found as an orphan.
         with suppress(OSError):  # A folder that cannot be written must not stop the end.
             part.unlink(missing_ok=True)
-        end = replace(end, sent=token.connected, seconds=time.monotonic() - began)
+        end = replace(end, sent=token.connected, seconds=time.monotonic() - began, host=token.host)
         self._write_until_accepted(lambda: self._finish(task, end), self._is_over.is_set)
         self._running.pop(task.id, None)
         self._bell.ring()
@@ -392,13 +408,17 @@ class Worker:
         try:
             verifier = self._decoder.verifier()
             self._folder.make()
+            model = self._models.find(task.model)
             reply = self._chutes.generate(
-                task.model, task.prompt, task.params, part, token, verifier.feed
+                model, task.prompt, task.params, part, token, verifier.feed
             )
             image = verifier.finish(part)
             path = outputs.publish(part, self._config.output_dir / task.id, image.extension)
         except Canceled as reason:
             return CANCELED if str(reason) == "canceled" else replace(SHUTDOWN, outcome=str(reason))
+        except DatabaseError as error:
+            log.error("a call waits for the database: %s", error, extra={"task": task.id})
+            return replace(SHUTDOWN, outcome="database")
         except AttemptError as error:
             return self._consequence(task, error, error.reply or reply)
         except OSError as error:
@@ -415,7 +435,8 @@ class Worker:
         """Return what a failed call means for its task, and for the others."""
         end = Ending(error.code, "failed", error=str(error), reply=reply)
         if error.remedy is Remedy.FAIL:
-            return end
+            is_missing = reply.status == 404
+            return replace(end, error=f"{error}{self._hint(task.model)}") if is_missing else end
         if error.remedy is Remedy.PAUSE:
             return replace(end, pause_reason=error.headline)
         if error.remedy is Remedy.RETRY:
@@ -442,6 +463,13 @@ class Worker:
             return end
         sentence = f"{error}, for {lost} images of this task; mend that, then retry the task"
         return replace(end, outcome="storage", status="failed", error=sentence)
+
+    def _hint(self, name: str) -> str:
+        """Return a sentence that names the nearest models, where nothing is known of this one."""
+        with suppress(DatabaseError):
+            if self._models.find(name).source == "setting" and (near := self._models.nearest(name)):
+                return f". No {name} is known here; did you mean {' or '.join(near)}?"
+        return ""
 
     def _another_attempt(self, task: Task, end: Ending) -> Ending:
         """Return the ending with another attempt to follow, if there is one left."""

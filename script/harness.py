@@ -236,7 +236,7 @@ class Bench:
         fork.Process(target=serve_upstream, args=(listener,), daemon=True).start()
         # A copy, so that neither .env nor the database of this folder is in play.
         shutil.copytree(ROOT / "web", folder / "server" / "web")
-        for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sql")):
+        for path in (*ROOT.glob("*.py"), ROOT / "schema.sql", ROOT / "models.toml"):
             shutil.copy2(path, folder / "server")
         (folder / "hello").mkdir()
         (folder / "hello" / "hello.py").write_text(HELLO)
@@ -265,6 +265,7 @@ class Bench:
         environ = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         environ |= {name: str(value) for name, value in settings.items()} | {"PORT": str(port)}
         environ |= {"CHUTES_API_TOKEN": "benchmark", "CHUTES_API_URL": self.upstream}
+        environ["CATALOGUE_URL"] = "off"
         environ |= {"DATABASE_PATH": f"{data}/tasks.sqlite3", "OUTPUT_DIR": f"{data}/outputs"}
         command, began = [sys.executable, "-m", "gunicorn"], time.monotonic()
         with (data / "log").open("wb") as log:

@@ -110,7 +110,7 @@ def configure(tmp_path):
     """Return a maker of settings for this test's own folder."""
 
     def make(**values):
-        values = {"CHUTES_API_TOKEN": TOKEN, **values}
+        values = {"CHUTES_API_TOKEN": TOKEN, "CATALOGUE_URL": "off", **values}
         return settings.from_values({k: str(v) for k, v in values.items()}, tmp_path)
 
     return make

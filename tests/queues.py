@@ -11,6 +11,7 @@ import worker
 from chutes import Chutes
 from db import Database
 from records import NewTask
+from registry import ModelRegistry
 from web.answers import waiting_for
 from worker import Worker
 
@@ -26,7 +27,8 @@ class Queue:
         self.db = Database(config.database_path)
         self.decoder = images.Decoder()
         client = Chutes(config, clock)
-        self.worker = Worker(config, self.db, client, self.decoder, clock, lambda: jitter)
+        registry = ModelRegistry(config, self.db, clock=clock)
+        self.worker = Worker(config, self.db, client, self.decoder, registry, clock, lambda: jitter)
         clock.turned[self] = self.worker.wake
 
     def add(self, prompt="p", model="m", priority=0):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def checkout(folder):
     """Copy what gunicorn needs, so that no .env and no database of the user's is touched."""
     folder.mkdir(exist_ok=True)
-    for file in (*ROOT.glob("*.py"), ROOT / "schema.sql"):
+    for file in (*ROOT.glob("*.py"), ROOT / "schema.sql", ROOT / "models.toml"):
         shutil.copy2(file, folder)
     # What is compiled need not be compiled again by each process of each test.
     for name in ("web", "__pycache__"):
@@ -45,6 +45,7 @@ class Server:
         environ |= {
             "CHUTES_API_TOKEN": TOKEN,
             "CHUTES_API_URL": url,
+            "CATALOGUE_URL": "off",
             "PORT": str(self.port),
             "WORKERS": "2",
             **{name: str(value) for name, value in values.items()},

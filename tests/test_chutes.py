@@ -19,10 +19,12 @@ from conftest import TOKEN
 from upstream import Answer, closed_port, image_bytes, raw_server, refusal, until_gone
 
 from chutes import MAX_RETRY_AFTER, Canceled, CancelToken, Chutes, ChutesError
+from models import ROUTER, of_setting
 from records import Remedy
 
 URL = "https://image.chutes.ai/generate"
 PARAMS = {"width": 512}
+MODEL = of_setting("m", ROUTER)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def call(configure, tmp_path, clock):
         config = config.model_copy(update={"task_timeout": seconds})
         client = Chutes(config, clock)
         part = tmp_path / "part"
-        client.generate(model, "a fox", PARAMS, part, token or CancelToken(), sink)
+        client.generate(of_setting(model, url), "a fox", PARAMS, part, token or CancelToken(), sink)
         return part.read_bytes()
 
     return make
@@ -120,7 +122,7 @@ def test_netrc_and_proxies_of_the_environment_are_ignored(call, upstream, monkey
 def test_the_invocation_is_kept(configure, upstream, tmp_path):
     upstream.decide = lambda fields: Answer(headers={"X-Chutes-InvocationID": "inv-7"})
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
-    reply = client.generate("m", "p", {}, tmp_path / "part", CancelToken(), ignore)
+    reply = client.generate(MODEL, "p", {}, tmp_path / "part", CancelToken(), ignore)
     assert (reply.status, reply.invocation_id) == (200, "inv-7")
 
 
@@ -301,6 +303,19 @@ def test_a_reset_time_gone_by_is_tried_after_the_backoff(call):
 def test_retry_after_is_honoured_up_to_an_hour(call, status, value, wait):
     responses.post(URL, status=status, headers={"Retry-After": value})
     assert refused(call).wait == wait
+
+
+@pytest.mark.parametrize("status", [502, 504, 520, 524])
+def test_a_gateway_that_gives_up_late_is_work_that_took_too_long(
+    call, upstream, monkeypatch, status
+):
+    upstream.decide = lambda fields: Answer(status, b"<html>", {"Retry-After": "7"})
+    monkeypatch.setattr("chutes.EDGE_SECONDS", 0.0)
+    error = refused(call, upstream.url)
+    assert (error.remedy, error.code) == (Remedy.RETRY, "upstream_timeout")
+    assert "Lower num_inference_steps or the size" in str(error)
+    monkeypatch.setattr("chutes.EDGE_SECONDS", 300.0)
+    assert refused(call, upstream.url).remedy is Remedy.HOLD_MODEL
 
 
 @responses.activate
@@ -634,7 +649,7 @@ def test_a_disk_that_fails_is_told_after_all_of_the_image(configure, upstream, t
     client = Chutes(configure(CHUTES_API_URL=upstream.url))
     got = bytearray()
     with pytest.raises(OSError, match="No space left on device"):
-        client.generate("m", "p", {}, Path("/dev/full"), CancelToken(), got.extend)
+        client.generate(MODEL, "p", {}, Path("/dev/full"), CancelToken(), got.extend)
     assert got == data
 
 
@@ -642,14 +657,14 @@ def test_a_disk_that_fails_does_not_hide_that_an_image_is_too_large(configure, u
     upstream.decide = lambda fields: Answer(body=os.urandom(1024 * 1024 + 1))
     client = Chutes(configure(CHUTES_API_URL=upstream.url, MAX_IMAGE_MB=1))
     with pytest.raises(ChutesError) as caught:
-        client.generate("m", "p", {}, Path("/dev/full"), CancelToken(), ignore)
+        client.generate(MODEL, "p", {}, Path("/dev/full"), CancelToken(), ignore)
     assert caught.value.code == "image_too_large"
 
 
 def test_a_folder_that_cannot_be_written_costs_no_call(configure, upstream, tmp_path):
     client, token = Chutes(configure(CHUTES_API_URL=upstream.url)), CancelToken()
     with pytest.raises(FileNotFoundError):
-        client.generate("m", "p", {}, tmp_path / "none" / "part", token, ignore)
+        client.generate(MODEL, "p", {}, tmp_path / "none" / "part", token, ignore)
     assert (upstream.calls, token.connected) == ([], False)
 
 

@@ -104,6 +104,8 @@ RULES = [
     ("PUBLIC_URL", ORIGIN, ["https://u@a.example", "https://a.example:port", "https://a.example:"]),
     ("CHUTES_API_URL", UPSTREAM, ["http://a.example/", "https://u:w@a.example/", "a.example"]),
     ("CHUTES_API_URL", UPSTREAM, ["https://a.example/#x", "https://a.example:port/", "https://"]),
+    ("CATALOGUE_URL", f"off, or {UPSTREAM}", ["http://a.example/", "OFF", "https://{x}.example/"]),
+    ("CHUTE_URL", f"{UPSTREAM}, with {{slug}} in it", ["https://a.example", "http://{slug}.a"]),
     ("CHUTES_API_URL", UPSTREAM, ["ftp://127.0.0.1/", "http://127.0.0.1.a.example/", "https://é/"]),
 ]
 
@@ -225,21 +227,20 @@ def test_loopback_needs_no_permission(tmp_path, host):
 
 
 @pytest.mark.parametrize("model", ["a", "Qwen/Qwen-Image:v1.2_x", "a" * 100])
-def test_a_models_name_may_be(model):
-    assert config.model_name_error(model, one_label=False) is None
+def test_a_models_name_may_be(configure, model):
+    assert config.model_name_error(model, configure()) is None
 
 
 @pytest.mark.parametrize(
     "model", ["", "-a", ".a", "a..b", "a//b", "a b", "a\n", "a?b", "a@b", "ä", "a" * 101]
 )
-def test_a_models_name_may_not_be(model):
-    assert "letter" in config.model_name_error(model, one_label=False)
+def test_a_models_name_may_not_be(configure, model):
+    assert "letter" in config.model_name_error(model, configure())
 
 
-@pytest.mark.parametrize("model", ["a.b", "a/b", "evil.com/", "a_b", "a:b", "a-", "a" * 64, "a\n"])
+@pytest.mark.parametrize("model", ["a.b", "a/b", "evil.com/", "a_b", "a:b", "a-", "a" * 64])
 def test_a_model_in_the_address_is_one_label(tmp_path, model):
-    assert "DNS label" in config.model_name_error(model, one_label=True)
-    with pytest.raises(ConfigError, match="DEFAULT_MODEL"):
+    with pytest.raises(ConfigError, match=r"DEFAULT_MODEL.*DNS label"):
         from_values(
             {
                 "CHUTES_API_TOKEN": TOKEN,
@@ -283,6 +284,30 @@ def test_bad_settings_at_a_reload_leave_those_in_force(tmp_path, monkeypatch, ca
     assert config.in_force() is good
     said = capsys.readouterr().err
     assert "CHUTES_API_TOKEN" in said and "DATABASE_PATH" in said
+
+
+def test_a_list_of_models_with_a_fault_leaves_the_one_in_force(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "my.toml"
+    values = {"CHUTES_API_TOKEN": TOKEN, "MODELS_FILE": str(file), "DEFAULT_MODEL": "a"}
+    monkeypatch.setattr(config, "_in_force", None)
+    monkeypatch.setattr(config, "load", lambda: from_values(values, tmp_path))
+    with pytest.raises(ConfigError, match=r"MODELS_FILE=.*my\.toml: cannot be read"):
+        config.reload()
+    file.write_text('[a]\nurl = "https://m.example/"\n')
+    good = config.reload()
+    file.write_text('[a]\nurl = "https://m.example/"\nurls = 1\n')
+    assert config.reload() is good
+    assert list(good.file_models) == ["a"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"MODELS_FILE={file}: a: urls is not a key")
+
+
+def test_an_alias_may_stand_for_a_model_in_the_settings(tmp_path):
+    (tmp_path / "my.toml").write_text('[a]\nurl = "https://m.example/"\naliases = ["b"]\n')
+    values = {"CHUTES_API_TOKEN": TOKEN, "MODELS_FILE": str(tmp_path / "my.toml")}
+    for default, allowed in (("b", "a"), ("a", "b,c"), ("b", "b")):
+        made = from_values({**values, "DEFAULT_MODEL": default, "MODELS": allowed}, tmp_path)
+        assert made.canonical(made.default_model) == "a"
 
 
 def test_the_default_model_must_be_allowed(tmp_path):

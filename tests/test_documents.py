@@ -101,7 +101,7 @@ def test_every_shell_line_does_what_it_says(folder):
     calls = (folder / "calls").read_text().splitlines()
     assert len(calls) > 30
     refused = [call for call in calls if not re.match("0 2", call)]
-    assert len(refused) == 1 and refused[0].startswith("0 400 ") and "widht" in refused[0]
+    assert len(refused) == 1 and refused[0].startswith("0 400 ") and '"width": 64' in refused[0]
     answers = 0
     for n, (line, answer) in enumerate(lines):
         if answer:

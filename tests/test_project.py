@@ -24,16 +24,18 @@ DOCUMENTS = (README, *sorted((ROOT / "docs").glob("*.md")))
 LAYERS = [
     {"gunicorn.conf"},
     {"app", "gthread"},
-    {"web.tasks", "web.images", "web.openai", "web.health", "web.page"},
+    {"web.tasks", "web.images", "web.models", "web.openai", "web.health", "web.page"},
     {"web.openapi", "web.params"},
     {"web.service"},
     {"web.access"},
     {"web.errors"},
     {"web.answers", "web.schemas"},
     {"worker"},
+    {"registry"},
     {"db", "chutes", "catalogue", "outputs", "waiters"},
     {"images", "config", "node"},
-    {"records", "redact", "logs", "doorbell"},
+    {"models"},
+    {"records", "redact", "logs", "doorbell", "urls"},
 ]
 OURS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -50,7 +52,10 @@ ONLY = {
     "PIL": {"images"},
     "prometheus_client": {"web.health"},
     "zipstream": {"web.images"},
-    "pydantic": {"config", "web.answers", "web.openapi", "web.params", "web.schemas"},
+    "pydantic": {
+        *("config", "models"),
+        *("web.answers", "web.openapi", "web.params", "web.schemas"),
+    },
     "dotenv": {"config"},
     "gunicorn": {"gthread", "gunicorn.conf"},
 }

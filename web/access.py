@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 from flask import request
 
-from config import Config, ConfigError, is_loopback
+from config import Config, ConfigError
+from urls import is_loopback
 from web.errors import Refusal
 
 _SECRET_BYTES = 32

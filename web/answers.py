@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 
 import records
 from config import Config
-from db import POSITIONS, midnight
+from db import CATALOGUE_AWAITED, POSITIONS, midnight
 from records import ALL_MODELS, ErrorCode, QueueView, Status
 
 _Id = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
@@ -101,6 +101,7 @@ class Call(Answer):
     http_status: int | None
     outcome: str | None
     invocation_id: str | None
+    host: str | None
 
 
 class TaskWithCalls(Task):
@@ -130,6 +131,34 @@ class Canceled(Answer):
     """How many tasks were canceled."""
 
     canceled: Annotated[int, Field(ge=0)]
+
+
+class Model(Answer):
+    """A model: `fields` in JSON Schema's words, null where nothing is known of them."""
+
+    name: str
+    aliases: list[str]
+    source: Annotated[Literal["file", "catalogue", "setting"], Field(description="who knows of it")]
+    default: bool
+    fields: dict[str, dict[str, Any]] | None
+    prompt: Annotated[dict[str, int], Field(description="the prompt's minLength and maxLength")]
+    images: Annotated[int, Field(ge=0, description="the most input images that it takes")]
+    hot: Annotated[bool | None, Field(description="whether an instance is ready")]
+    usd_per_hour: _Number | None
+
+
+class Catalogue(Answer):
+    """When Chutes' catalogue was read last, and why it could not be read since."""
+
+    read_at: _Time | None
+    error: str | None
+
+
+class Models(Answer):
+    """The models that are known, or those of MODELS."""
+
+    models: list[Model]
+    catalogue: Catalogue | None
 
 
 class Hold(Answer):
@@ -212,7 +241,7 @@ class OpenAIModel(Answer):
 
 
 class OpenAIModels(Answer):
-    """Those of MODELS, else the default one and those that have made a picture."""
+    """The models that are known, or those of MODELS."""
 
     object: Literal["list"]
     data: list[OpenAIModel]
@@ -250,6 +279,8 @@ def waiting_for(
     if low_on_disk:
         return f"less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
     for hold in queue_view.holds:
+        if hold.reason.startswith(CATALOGUE_AWAITED):
+            return hold.reason
         if hold.probe:
             return f"{hold.reason}; one task is trying now"
         if hold.until > now:
@@ -276,6 +307,10 @@ def waiting_for(
         return f"{queue_view.ahead} task{'s' if queue_view.ahead > 1 else ''} ahead"
     if queue_view.processing >= config.concurrency:
         return f"all {config.concurrency} places are busy"
+    model = config.file_models.get(task.model)
+    if model and model.concurrency and queue_view.processing_of_model >= model.concurrency:
+        places = f"all {model.concurrency} places" if model.concurrency > 1 else "the place"
+        return f"{places} of {task.model} {'is' if places == 'the place' else 'are'} busy"
     return "it is about to start"
 
 

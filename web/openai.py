@@ -15,15 +15,13 @@ from records import Task
 from web import answers, schemas
 from web.errors import Refusal
 from web.openapi import operation
-from web.params import idempotency_key, json_body, patience
+from web.params import get_model_or_404, idempotency_key, json_body, patience
 from web.service import service
 
 # Base64 makes four characters of three bytes, so that each chunk but the last is whole.
 _CHUNK = 48 * 1024
 # A wait looks as often, in seconds, whether its client is still there.
 _LOOK_SECONDS = 1.0
-# What makes no difference to the tasks, or is in their width and height.
-_NOT_OF_THE_TASKS = {"size", "response_format", "stream"}
 
 # The status for the failure of a task, by its error_code; any other is 502.
 _FAILURES = {
@@ -49,13 +47,15 @@ bp = Blueprint("openai", __name__)
 )
 def generations() -> Response:
     """Make pictures, and wait for them, as OpenAI's API does."""
-    wanted = schemas.parse(schemas.Generations, json_body(), service.config)
-    base = _public_base() if wanted.response_format == "url" else None
+    find = service.registry.find
+    asked = schemas.parse(schemas.Generations, json_body(), service.config, find)
+    wants_url = getattr(asked.body, "response_format", None) == "url"
+    base = _public_base() if wants_url else None
     until = time.monotonic() + patience()
     with ExitStack() as held:
         _check_slot(held.enter_context(service.worker.waiters.slot()))
-        key = idempotency_key(wanted.model_dump_json(exclude=_NOT_OF_THE_TASKS))
-        ids = g.stored = service.add([each.new_task() for each in wanted.each()], key)
+        key = idempotency_key(asked.canonical_input())
+        ids = g.stored = service.add(asked.new_tasks(), asked.model, key)
         answer = _images(_completed(ids, _wait(ids, until)), base, held)
         # A slow reader keeps its slot and the files, as its thread does.
         answer.call_on_close(held.pop_all().close)
@@ -66,7 +66,7 @@ def generations() -> Response:
 @operation(answers.OpenAIModels)
 def models() -> Response:
     """List the models, as OpenAI's API does."""
-    data = [_model(name) for name in _model_names()]
+    data = [_model(model.name) for model in service.registry.known()]
     return answers.OpenAIModels(object="list", data=data).response()
 
 
@@ -74,17 +74,10 @@ def models() -> Response:
 @operation(answers.OpenAIModel)
 def model(name: str) -> Response:
     """Look at one of the models, as OpenAI's API does."""
-    if name not in _model_names():
-        sentence = f"There is no model {name[:100]!a} here; GET /v1/models lists those that are"
-        raise Refusal(404, sentence, param="model", code="model_not_found")
-    return _model(name).response()
-
-
-def _model_names() -> list[str]:
-    config = service.config
-    if config.models:
-        return list(config.models)
-    return list(dict.fromkeys([config.default_model, *service.database.models()]))
+    try:
+        return _model(get_model_or_404(name).name).response()
+    except Refusal as refusal:
+        raise Refusal(404, str(refusal), param="model", code="model_not_found") from refusal
 
 
 def _model(name: str) -> answers.OpenAIModel:

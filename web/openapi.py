@@ -10,10 +10,12 @@ from flask import Blueprint, Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from config import Config, model_rule
+import models as known_models
+import urls
+from config import Config
 from web.answers import Answer, Error, OpenAIError
 from web.errors import OPENAI_PREFIX
-from web.schemas import OPENAI_MODEL, Generate, Generations
+from web.schemas import OPENAI_MODEL, Generate, Generations, body_of
 from web.service import service
 
 _Json = dict[str, Any]
@@ -37,9 +39,10 @@ def path_parameter(description: str, schema: _Json, example: str) -> _Json:
 
 _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _UUID = {"type": "string", "format": "uuid"}
-_NAME = {"type": "string", "pattern": f"^{model_rule(one_label=False)[0]}$"}
-_MODEL = _parameter("id", "path", "the model's name", _NAME, required=True)
+_NAME = {"type": "string", "pattern": f"^{known_models.NAME}$"}
+_MODEL = path_parameter("any name of the model", _NAME, "qwen-image")
 _TASK_ID = path_parameter("the task's id", _UUID, _ID)
+_ANY_MODEL = known_models.of_setting("any", known_models.ROUTER)
 _IDEMPOTENCY_KEY = _parameter(
     "Idempotency-Key",
     "header",
@@ -144,10 +147,11 @@ def document(app: Flask, config: Config) -> _Json:
         tags[tag] = (sys.modules[view.__module__].__doc__ or "").partition("\n")[0]
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             paths.setdefault(path, {})[method.lower()] = _describe(path, tag, view, config)
-        for model in (view.operation.body, view.operation.answer, _error_model(path)):
+        if view.operation.body:
+            models[body_of(view.operation.body, _ANY_MODEL), "validation"] = None
+        for model in (view.operation.answer, _error_model(path)):
             if isinstance(model, type):
-                side = "validation" if model is view.operation.body else "serialization"
-                models[model, side] = None
+                models[model, "serialization"] = None
     spec: _Json = {
         "openapi": "3.1.0",
         "info": {"title": "Image proxy", "version": "1", "description": _DESCRIPTION},
@@ -184,7 +188,8 @@ def _describe(path: str, tag: str, view: Any, config: Config) -> _Json:
 
 def _parameters(path: str, op: operation) -> Iterator[_Json]:
     if "{id}" in path:
-        yield _MODEL if path.startswith(OPENAI_PREFIX) else op.path
+        is_models = path.startswith((OPENAI_PREFIX, "/models"))
+        yield _MODEL if is_models else op.path
     if op.query:
         yield from _query(op.query)
     for name, text in op.headers.items():
@@ -264,6 +269,7 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json
     for kind, model in ((Generate, rule), (Generations, {"anyOf": [rule, ours]})):
         schema = schemas[kind.__name__]
         schema["required"] = ["prompt"]
+        schema["description"] += "\n\nA model may have other fields, and other ranges: GET /models."
         schema["properties"]["model"] = {"description": "a model's name", **model}
     return schemas
 
@@ -271,5 +277,5 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json
 def _model_rule(config: Config) -> _Json:
     if config.models:
         return {"enum": [*config.models, None]}
-    pattern, _ = model_rule(config.model_in_url)
+    pattern = urls.LABEL if config.model_in_url else known_models.NAME
     return {"type": ["string", "null"], "pattern": f"^{pattern}$"}

@@ -8,6 +8,7 @@ from flask import g, request
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
+from models import Model
 from records import ERROR_CODES, STATUSES, ErrorCode, IdempotencyKey, Status, Task
 from web.errors import Refusal
 from web.service import service
@@ -130,6 +131,18 @@ def get_task_or_404(task_id: str, wait: int = 0) -> Task:
     if task is None:
         raise Refusal(404, "Task not found")
     return task
+
+
+def get_model_or_404(name: str) -> Model:
+    """Return a model that may be asked for, or refuse it with 404 and the nearest names."""
+    known = service.registry.known()
+    wanted = service.registry.find(name)
+    for model in known:
+        if model.name == wanted.name:
+            return model
+    near = " or ".join(service.registry.nearest(name))
+    advice = f"did you mean {near}?" if near else "GET /models lists all"
+    raise Refusal(404, f"There is no model {name[:100]}; {advice}")
 
 
 def query(model: type[_Model]) -> _Model:

@@ -1,16 +1,20 @@
 """What a request may hold: its fields, their ranges, and the sentence for each violation."""
 
 import difflib
+import functools
 import json
 import logging
 import re
 import uuid
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo
-from pydantic_core import ErrorDetails, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_model
+from pydantic_core import ErrorDetails, PydanticCustomError, ValidationError
 
+import models
 from config import Config, model_name_error
+from models import FieldRule, Model
 from records import NewTask
 
 MAX_TEXT = 10_000
@@ -48,9 +52,9 @@ def _plain_text(text: str | None) -> str | None:
     return text
 
 
-def _model_name(model: str, info: ValidationInfo[Config]) -> str:
-    if rule := model_name_error(model, info.context.model_in_url):
-        raise ValueError(f"must be {rule}")
+def _model_name(model: str) -> str:
+    if not re.fullmatch(models.NAME, model):
+        raise ValueError(f"must be {models.NAME_RULE}")
     return model
 
 
@@ -59,52 +63,49 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _number(minimum: int, maximum: int, kind: str = "a number") -> Any:
-    return Field(ge=minimum, le=maximum, description=f"{kind} from {minimum} to {maximum}")
-
-
 def _integer(minimum: int, maximum: int) -> tuple[Any, ...]:
-    return _number(minimum, maximum, "an integer"), BeforeValidator(_whole)
+    words = f"an integer from {minimum} to {maximum}"
+    return Field(ge=minimum, le=maximum, description=words), BeforeValidator(_whole)
 
 
-def _text(pattern: str) -> tuple[Any, ...]:
-    rule = f"text of at most {MAX_TEXT:,} characters, without NUL or half of a surrogate pair"
-    field = Field(max_length=MAX_TEXT, description=rule, json_schema_extra={"pattern": pattern})
+def _text(pattern: str = r"^[^\u0000]*$", least: int = 0, most: int = MAX_TEXT) -> tuple[Any, ...]:
+    size = f"{least:,} to {most:,}" if least else f"at most {most:,}"
+    rule = f"text of {size} characters, without NUL or half of a surrogate pair"
+    field = Field(
+        min_length=least, max_length=most, description=rule, json_schema_extra={"pattern": pattern}
+    )
     return field, AfterValidator(_plain_text)
 
 
+_PROMPT = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+
+
 class Generate(BaseModel, strict=True, extra="forbid", allow_inf_nan=False, frozen=True):
-    """The body of a request for one image; null for an optional field means its default."""
+    """The body of a request for one image, beside the fields of its model.
+
+    Null for an optional field means its default.
+    """
 
     example: ClassVar = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
 
-    prompt: Annotated[str, *_text(r"^[^\u0000]*[^\s\u0000][^\u0000]*$")]
+    prompt: Annotated[str, *_text(_PROMPT)]
     model: Annotated[str, Field(description="text"), AfterValidator(_model_name)]
-    guidance_scale: Annotated[float | None, _number(0, 20)] = 7.5
-    width: Annotated[int | None, *_integer(128, 2048)] = 1024
-    height: Annotated[int | None, *_integer(128, 2048)] = 1024
-    num_inference_steps: Annotated[int | None, *_integer(1, 100)] = 20
-    negative_prompt: Annotated[str | None, *_text(r"^[^\u0000]*$")] = None
-    seed: Annotated[int | None, *_integer(0, 2**32 - 1)] = None
-    true_cfg_scale: Annotated[float | None, _number(0, 10)] = None
     priority: Annotated[int | None, *_integer(-100, 100)] = 0
 
     @classmethod
-    def translated(cls, fields: dict[str, Any], config: Config) -> dict[str, Any]:
+    def model_asked_for(cls, fields: Mapping[str, Any], config: Config) -> Any:
+        """Return the model that a request names, or the default one."""
+        return config.default_model if fields.get("model") is None else fields["model"]
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any], model: Model) -> dict[str, Any]:
         """Return the fields of a request in this server's words."""
         return fields
 
-    def params(self) -> dict[str, Any]:
-        """Return what Chutes is sent beside the prompt and the model."""
-        return self.model_dump(include=_PARAMS, exclude_none=True)
-
-    def new_task(self) -> NewTask:
-        """Return the task that was asked for, with an id of its own."""
-        task_id, priority = str(uuid.uuid4()), self.priority or 0
-        return NewTask(task_id, self.prompt, self.model, self.params(), priority)
-
-
-_PARAMS = Generate.model_fields.keys() - {"prompt", "model", "priority"}
+    @property
+    def count(self) -> int:
+        """Return how many images are asked for."""
+        return 1
 
 
 class Generations(Generate, extra="ignore", frozen=True):
@@ -122,57 +123,171 @@ class Generations(Generate, extra="ignore", frozen=True):
     stream: Annotated[Literal[False] | None, Field(description=_STREAM_RULE)] = None
 
     @classmethod
-    def translated(cls, fields: dict[str, Any], config: Config) -> dict[str, Any]:
-        fields, asked, size = dict(fields), fields.get("model"), fields.get("size")
+    def model_asked_for(cls, fields: Mapping[str, Any], config: Config) -> Any:
+        asked = fields.get("model")
         is_openais = isinstance(asked, str) and re.fullmatch(OPENAI_MODEL, asked)
-        if is_openais and asked not in config.models:
-            log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
-            fields["model"] = None
-        elif asked == "":
-            fields["model"] = None
+        if not is_openais or asked in config.models:
+            return config.default_model if asked in (None, "") else asked
+        log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
+        return config.default_model
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any], model: Model) -> dict[str, Any]:
+        fields, asked, size = dict(fields), fields.get("model"), fields.get("size")
         if fields.get("response_format") is None:
             fields["response_format"] = "url" if str(asked).startswith("dall-e") else "b64_json"
-        if isinstance(size, str) and re.fullmatch(_SIZE, size):
-            for name, side in zip(("width", "height"), size.split("x"), strict=False):
-                if side.isdigit() and fields.get(name) is None:
-                    fields[name] = int(side)
+        if isinstance(size, str) and re.fullmatch(f"{_SIDE}x{_SIDE}", size):
+            wanted = _in_words_of(model, size)
+            fields.update((n, v) for n, v in wanted.items() if fields.get(n) is None)
+        elif size == "auto":
+            del fields["size"]
         return fields
 
-    def each(self) -> list[Self]:
-        """Return the request for each of the images.
+    @property
+    def count(self) -> int:
+        return self.n or 1
 
-        A seed counts up: the same one would pay for the same image again.
+
+def _in_words_of(model: Model, size: str) -> dict[str, Any]:
+    """Return the fields of a model that ask for a size of WIDTHxHEIGHT; none where it has none."""
+    known = model.known_fields
+    if {"width", "height"} <= known.keys():
+        return dict(zip(("width", "height"), map(int, size.split("x")), strict=True))
+    return {name: size for name in ("size", "resolution") if name in known}
+
+
+class Request:
+    """A request that was understood: its own fields, its model, and what Chutes is sent."""
+
+    def __init__(self, body: Generate, model: Model):
+        self.body = body
+        self.model = model
+        given = body.model_dump(include=set(model.known_fields), exclude_none=True)
+        self.params = self._in_order({**model.send, **given})
+
+    def canonical_input(self) -> str:
+        """Return what makes this request another than others: not what is chosen for it."""
+        asked = [self.body.prompt, self.body.priority or 0, self.body.count, self.model.name]
+        return json.dumps([*asked, self.params], sort_keys=True)
+
+    def new_tasks(self) -> list[NewTask]:
+        """Return the tasks that were asked for, with ids of their own.
+
+        A seed counts up: the same one would pay for the same image again. Where none was asked
+        for, and the model is known to take one, it is chosen.
         """
-        if self.seed is None:
-            return [self] * (self.n or 1)
-        seeds = [(self.seed + k) % 2**32 for k in range(self.n or 1)]
-        return [self.model_copy(update={"seed": seed}) for seed in seeds]
+        return [self._new_task(index) for index in range(self.body.count)]
+
+    def _new_task(self, index: int) -> NewTask:
+        params, rule = self.params, (self.model.fields or {}).get("seed")
+        is_chosen = rule is not None and "seed" not in params
+        if "seed" in params:
+            params = {**params, "seed": (params["seed"] + index) % 2**32}
+        elif rule:
+            params = self._in_order({**params, "seed": models.choose_seed(rule)})
+        task_id, priority = str(uuid.uuid4()), self.body.priority or 0
+        return NewTask(task_id, self.body.prompt, self.model.name, params, priority, is_chosen)
+
+    def _in_order(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields as the model lists them: the same bytes sent again may cost less."""
+        return {name: params[name] for name in self.model.known_fields if name in params}
 
 
-_Kind = TypeVar("_Kind", bound=Generate)
-
-
-def parse(kind: type[_Kind], body: bytes, config: Config) -> _Kind:
-    """Read a request from JSON, or raise Invalid."""
-    fields = kind.translated(_json_object(body), config)
+def parse(
+    kind: type[Generate], body: bytes, config: Config, find: Callable[[str], Model]
+) -> Request:
+    """Read a request from JSON, or raise Invalid; `find` returns what is known of a model."""
+    fields = _json_object(body)
     prompt = fields.get("prompt")
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise Invalid("Prompt is required", "prompt")
+    name = kind.model_asked_for(fields, config)
+    is_name = isinstance(name, str) and re.fullmatch(models.NAME, name)
+    model = find(name) if is_name else models.of_setting("", config.chutes_api_url)
+    kind = body_of(kind, model)
+    fields = {**kind.translated(fields, model), "model": name}
     # Null means the default; an unknown field is refused even so.
     given = {n: v for n, v in fields.items() if v is not None or n not in kind.model_fields}
     try:
-        wanted = kind.model_validate({"model": config.default_model, **given}, context=config)
+        request = Request(kind.model_validate(given), model)
     except ValidationError as error:
-        raise _invalid(error, kind) from error
-    check_allowed(wanted.model, config)
-    return wanted
+        raise _invalid(error, kind, model) from error
+    check_allowed(model, config)
+    return request
 
 
-def check_allowed(model: str, config: Config) -> None:
-    """Raise Invalid, which names the models allowed, where this one is none of them."""
-    if config.models and model not in config.models:
+def check_allowed(model: Model, config: Config) -> None:
+    """Raise Invalid where a model may not be used, or not with a prompt alone."""
+    if config.models and not {model.name, *model.aliases} & {
+        config.canonical(name) for name in config.models
+    }:
         there_are = ", ".join(config.models)
-        raise Invalid(f"model must be one of {there_are}, not {_shown(model)}", "model")
+        raise Invalid(f"model must be one of {there_are}, not {_shown(model.name)}", "model")
+    if rule := model_name_error(model.name, config, model):
+        raise Invalid(f"model must be {rule}", "model")
+    if model.images and model.images.minimum:
+        raise Invalid(f"model must be one that takes a prompt alone: {model.name} edits images")
+
+
+@functools.lru_cache(maxsize=512)
+def body_of(kind: type[Generate], model: Model) -> type[Generate]:
+    """Return the kind of body with the fields that a model has."""
+    reserved = kind.model_fields.keys() - {"size"}
+    own: dict[str, Any] = {
+        name: (_annotation(rule), None)
+        for name, rule in model.known_fields.items()
+        if name not in reserved
+    }
+    if model.prompt.model_fields_set:
+        least, most = model.prompt.minLength or 0, model.prompt.maxLength
+        limits = _text(_PROMPT, least, MAX_TEXT if most is None else min(most, MAX_TEXT))
+        own["prompt"] = (Annotated[str, *limits], ...)
+    made: type[Generate] = create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **own)
+    return made
+
+
+def _annotation(rule: FieldRule) -> Any:
+    """Return the type of a field, with its limits and with its rule in words."""
+    limits = Field(ge=rule.minimum, le=rule.maximum, description=rule_in_words(rule))
+    if rule.enum:
+        field = Field(description=rule_in_words(rule))
+        return Annotated[Any, field, AfterValidator(functools.partial(_check_enum, rule.enum))]
+    if rule.type == "string":
+        most = MAX_TEXT if rule.maxLength is None else min(rule.maxLength, MAX_TEXT)
+        return Annotated[str | None, *_text(least=rule.minLength or 0, most=most)]
+    if rule.type == "integer":
+        return Annotated[int | None, limits, BeforeValidator(_whole)]
+    if rule.type == "number":
+        return Annotated[float | None, limits]
+    kinds: dict[str, Any] = {"boolean": bool | None, "array": list | None, "object": dict | None}
+    return Annotated[kinds.get(rule.type or "", Any), Field(description=rule_in_words(rule))]
+
+
+def _check_enum(words: list[Any], value: Any) -> Any:
+    if (type(value), value) not in [(type(word), word) for word in words]:
+        raise PydanticCustomError("enum", "it is none of them")
+    return value
+
+
+def rule_in_words(rule: FieldRule) -> str:
+    """Say what a field takes."""
+    if rule.enum:
+        return f"one of {', '.join(map(str, rule.enum))}"
+    kind = _KINDS.get(rule.type or "", "any value")
+    if rule.minimum is not None and rule.maximum is not None:
+        return f"{kind} from {rule.minimum} to {rule.maximum}"
+    if rule.minimum is not None:
+        return f"{kind} of at least {rule.minimum}"
+    return kind if rule.maximum is None else f"{kind} of at most {rule.maximum}"
+
+
+_KINDS = {
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
@@ -193,27 +308,31 @@ def _any_integer(digits: str) -> int:
     return int(digits[:100])
 
 
-def _invalid(error: ValidationError, kind: type[Generate]) -> Invalid:
+def _invalid(error: ValidationError, kind: type[Generate], model: Model) -> Invalid:
     violations = error.errors(include_url=False)
-    sentences = [_sentence(violation, kind) for violation in violations[:_SHOWN_VIOLATIONS]]
+    sentences = [_sentence(violation, kind, model) for violation in violations[:_SHOWN_VIOLATIONS]]
     if len(violations) > _SHOWN_VIOLATIONS:
         sentences.append(f"and {len(violations) - _SHOWN_VIOLATIONS} more")
+    if model.fields is not None and any(v["type"] == "extra_forbidden" for v in violations):
+        sentences.append(f"{model.name} takes {', '.join(model.fields) or 'a prompt alone'}")
     return Invalid("; ".join(sentences), next(map(str, violations[0]["loc"]), None))
 
 
-def _sentence(violation: ErrorDetails, kind: type[Generate]) -> str:
+def _sentence(violation: ErrorDetails, kind: type[Generate], model: Model) -> str:
     if not violation["loc"]:
         return "The name of a field holds half of a surrogate pair"
     name = str(violation["loc"][0])
+    is_models = name in (model.fields or ()) or (name == "prompt" and model.prompt.model_fields_set)
+    of_model = f" for {model.name}" if is_models else ""
     if violation["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name[:100].lower(), Generate.model_fields, n=1)
+        close = difflib.get_close_matches(name[:100].lower(), kind.model_fields, n=1)
         nearest = f"did you mean {close[0]}?" if close else ""
         hint = _HINTS.get(name.lower(), nearest)
         return f"{_shown(name)} is not a field{f'; {hint}' if hint else ''}"
     if violation["type"] == "value_error":
         return f"{name} {violation['ctx']['error']}"
     rule = kind.model_fields[name].description
-    return f"{name} must be {rule}, not {_shown(violation['input'])}"
+    return f"{name} must be {rule}{of_model}, not {_shown(violation['input'])}"
 
 
 def _shown(value: Any) -> str:

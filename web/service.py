@@ -11,8 +11,10 @@ from werkzeug.local import LocalProxy
 from config import Config
 from db import Database, DatabaseError
 from images import Decoder, ImageError
+from models import Model
 from outputs import image_path, is_low_on_disk
 from records import IdempotencyKey, LowOnDisk, NewTask, Task
+from registry import ModelRegistry
 from web.access import Signer
 from worker import Worker
 
@@ -28,12 +30,14 @@ class Service:
     worker: Worker
     decoder: Decoder
     signer: Signer
+    registry: ModelRegistry
 
-    def add(self, tasks: list[NewTask], key: IdempotencyKey | None) -> list[str]:
+    def add(self, tasks: list[NewTask], model: Model, key: IdempotencyKey | None) -> list[str]:
         """Add the tasks and return their ids, or those of the tasks that came with the key before.
 
         Raises QueueFull, LowOnDisk or KeyReused.
         """
+        self.registry.await_unknown(model)
         is_low, limit = is_low_on_disk(self.config), self.config.max_pending
         ids = self.database.add(tasks, time.time(), limit, key, is_low)
         self.worker.wake()

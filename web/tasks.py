@@ -29,8 +29,10 @@ bp = Blueprint("tasks", __name__)
 @operation(answers.Accepted, errors=(429, 507), body=schemas.Generate, idempotent=True)
 def generate() -> Response:
     """Add a task."""
-    wanted = schemas.parse(schemas.Generate, params.json_body(), service.config)
-    (task_id,) = service.add([wanted.new_task()], params.idempotency_key(wanted.model_dump_json()))
+    find = service.registry.find
+    asked = schemas.parse(schemas.Generate, params.json_body(), service.config, find)
+    key = params.idempotency_key(asked.canonical_input())
+    (task_id,) = service.add(asked.new_tasks(), asked.model, key)
     return _accepted(task_id)
 
 
@@ -81,10 +83,11 @@ def cancel(task_id: str) -> Response:
 def retry(task_id: str) -> Response:
     """Add a new task with the same input."""
     task = get_task_or_404(task_id)
-    schemas.check_allowed(task.model, service.config)
+    schemas.check_allowed(service.registry.find(task.model), service.config)
     service.check_disk()
     new_id = _new_id()
-    if not service.database.retry(task.id, new_id, time.time(), service.config.max_pending):
+    retry = functools.partial(service.database.retry, choose_seed=service.registry.choose_seed)
+    if not retry(task.id, new_id, time.time(), service.config.max_pending):
         raise _conflict(get_task_or_404(task_id), "has not ended yet; cancel it first, or wait")
     service.worker.wake()
     return _accepted(new_id)
@@ -173,8 +176,11 @@ def _retry_failed(code: str | None) -> int:
     """Retry in steps, so that the queue goes on, and none that fails meanwhile again."""
     newest = service.database.list_tasks(None, None, None, 1)
     up_to = newest[0].seq if newest else 0
-    models, limit = service.config.models, service.config.max_pending
-    retry_some = functools.partial(service.database.retry_failed, code, up_to, models, _new_id)
+    models = [service.registry.find(name).name for name in service.config.models]
+    limit, choose_seed = service.config.max_pending, service.registry.choose_seed
+    retry_some = functools.partial(
+        service.database.retry_failed, code, up_to, models, _new_id, choose_seed=choose_seed
+    )
     retried = 0
     try:
         while some := retry_some(time.time(), limit):

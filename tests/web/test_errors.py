@@ -29,8 +29,9 @@ def failing(serve, monkeypatch):
         def fail(*_):
             raise error
 
+        values = {"CATALOGUE_URL": "http://127.0.0.1:9/", **values}
         app = serve(MAX_PENDING=7, MIN_FREE_MB=5, **values)
-        for name in ("get", "models"):
+        for name in ("get", "catalogue_entries"):
             monkeypatch.setattr(app.database, name, fail)
         return app.client
 

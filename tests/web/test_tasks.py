@@ -79,7 +79,7 @@ def test_the_status_has_the_seven_keys_first_and_all_the_others(client, upstream
 
 
 def test_what_is_not_given_is_not_sent(client, upstream):
-    finished(client, submit(client))
+    task = finished(client, submit(client))
     assert upstream.calls == [
         {
             "model": "qwen-image",
@@ -88,6 +88,7 @@ def test_what_is_not_given_is_not_sent(client, upstream):
             "width": 1024,
             "height": 1024,
             "num_inference_steps": 20,
+            "seed": task["params"]["seed"],
         }
     ]
 

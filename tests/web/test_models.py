@@ -1,0 +1,172 @@
+"""The routes of models, and requests that name one: what is known of it says what they may hold."""
+
+import pytest
+from conftest import wait_until
+from upstream import Answer, refusal
+
+TURBO = """
+["z-image-turbo"]
+url = "{url}"
+aliases = ["z"]
+prompt = {{ minLength = 3 }}
+concurrency = {concurrency}
+
+["z-image-turbo".fields]
+guidance_scale = {{ type = "number", minimum = 0, maximum = 5 }}
+seed = {{ type = "integer", minimum = 0, maximum = 9 }}
+"""
+
+
+@pytest.fixture
+def start(serve, tmp_path, upstream):
+    """Return a maker of applications with one model in the file, called at a path of its own."""
+
+    def start(concurrency=1, **values):
+        file = tmp_path / "my-models.toml"
+        url = upstream.url.replace("/generate", "/turbo/generate")
+        file.write_text(TURBO.format(url=url, concurrency=concurrency))
+        values = {"DEFAULT_MODEL": "z", **values}
+        return serve(MODELS_FILE=file, **values)
+
+    return start
+
+
+def submit(client, **fields):
+    answer = client.post("/generate", json={"prompt": "a fox", **fields})
+    assert answer.status_code == 202, answer.json
+    return answer.json["id"]
+
+
+def ended(client, task_id):
+    def has_ended():
+        task = client.get(f"/tasks/{task_id}").json
+        return task if task["status"] in ("completed", "failed") else None
+
+    return wait_until(has_ended)
+
+
+def test_the_models_are_listed_with_what_they_take(start):
+    told = start().client.get("/models").json
+    assert told == {
+        "models": [
+            {
+                "name": "z-image-turbo",
+                "aliases": ["z"],
+                "source": "file",
+                "default": True,
+                "fields": {
+                    "guidance_scale": {"type": "number", "minimum": 0, "maximum": 5},
+                    "seed": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
+                "prompt": {"minLength": 3},
+                "images": 0,
+                "hot": None,
+                "usd_per_hour": None,
+            }
+        ],
+        "catalogue": None,
+    }
+
+
+def test_a_model_is_found_by_each_name_and_else_the_nearest_are_named(start):
+    client = start(DEFAULT_MODEL="new").client
+    assert client.get("/models/z").json == client.get("/models/z-image-turbo").json
+    assert client.get("/models/new").json["source"] == "setting"
+    assert client.get("/models/new").json["fields"] is None
+    refused = client.get("/models/z-image-trubo")
+    assert refused.status_code == 404
+    assert "did you mean z-image-turbo" in refused.json["error"]
+    assert client.get("/v1/models/z-image-trubo").json["error"]["code"] == "model_not_found"
+
+
+def test_with_models_only_those_are_listed(start):
+    client = start(MODELS="z,other").client
+    names = [model["name"] for model in client.get("/models").json["models"]]
+    assert names == ["z-image-turbo", "other"]
+    assert [model["id"] for model in client.get("/v1/models").json["data"]] == names
+    assert client.post("/generate", json={"prompt": "p q", "model": "new"}).status_code == 400
+    assert submit(client, model="z-image-turbo")
+
+
+def test_a_model_of_the_file_is_called_at_its_own_address(start, upstream):
+    client = start().client
+    task = ended(client, submit(client, model="z", guidance_scale=2))
+    assert task["model"] == "z-image-turbo"
+    assert upstream.headers[0][0] == "/turbo/generate"
+    assert upstream.calls == [
+        {"prompt": "a fox", "guidance_scale": 2, "seed": task["params"]["seed"]}
+    ]
+    assert [call["host"] for call in task["calls"]] == ["127.0.0.1"]
+
+
+def test_a_value_out_of_range_is_refused_and_nothing_is_stored(start):
+    client = start().client
+    refused = client.post("/generate", json={"prompt": "a fox", "guidance_scale": 7.5})
+    assert refused.status_code == 400
+    words = "guidance_scale must be a number from 0 to 5 for z-image-turbo, not 7.5"
+    assert refused.json == {"error": words}
+    assert client.get("/tasks").json["tasks"] == []
+
+
+def test_a_chosen_seed_stays_over_attempts_and_a_retry_chooses_anew(start, upstream):
+    app = start(MAX_ATTEMPTS=3, RETRY_BACKOFF=0.01)
+    upstream.decide = lambda fields: Answer(body=b"no image")
+    task = ended(app.client, submit(app.client))
+    assert {call["seed"] for call in upstream.calls} == {task["params"]["seed"]}
+    assert len(upstream.calls) == 3
+    seeds = {task["params"]["seed"]}
+    while len(seeds) < 2:
+        retried = app.client.post(f"/tasks/{task['id']}/retry").json["id"]
+        seeds.add(app.client.get(f"/status/{retried}").json["params"]["seed"])
+
+
+def test_a_seed_that_was_asked_for_is_retried(start, upstream):
+    app = start(MAX_ATTEMPTS=1)
+    upstream.decide = lambda fields: Answer(body=b"no image")
+    task = ended(app.client, submit(app.client, seed=7))
+    for _ in range(5):
+        retried = app.client.post(f"/tasks/{task['id']}/retry").json["id"]
+        assert app.client.get(f"/status/{retried}").json["params"] == {"seed": 7}
+
+
+def test_the_same_key_is_the_same_request_whatever_seed_was_chosen(start):
+    client = start().client
+    first, second = (
+        client.post("/generate", json={"prompt": "a fox"}, headers={"Idempotency-Key": "k"})
+        for _ in range(2)
+    )
+    assert first.json == second.json
+    assert second.headers["Idempotent-Replayed"] == "true"
+
+
+def test_a_models_own_concurrency_holds_no_other_model(start, upstream):
+    client = start(CONCURRENCY=4).client
+    upstream.gate.clear()
+    ids = [submit(client) for _ in range(2)]
+    other = submit(client, model="other")
+    wait_until(lambda: upstream.at_once == 2)
+    waiting = client.get(f"/status/{ids[1]}").json
+    assert waiting["waiting_for"] == "the place of z-image-turbo is busy"
+    assert client.get(f"/status/{other}").json["status"] == "processing"
+    upstream.gate.set()
+    assert all(ended(client, task_id)["status"] == "completed" for task_id in [*ids, other])
+    assert len(upstream.calls) == 3
+
+
+def test_several_places_of_a_model_are_named_as_such(start, upstream):
+    client = start(concurrency=2).client
+    upstream.gate.clear()
+    ids = [submit(client) for _ in range(3)]
+    wait_until(lambda: upstream.at_once == 2)
+    waiting = client.get(f"/status/{ids[2]}").json
+    assert waiting["waiting_for"] == "all 2 places of z-image-turbo are busy"
+
+
+def test_the_failure_of_a_model_that_nobody_knows_names_the_nearest(start, upstream):
+    client = start().client
+    upstream.decide = lambda fields: refusal(404, f"model not found: {fields['model']}")
+    task = ended(client, submit(client, model="z-image-trubo"))
+    assert task["error_code"] == "upstream_rejected"
+    assert task["error"].endswith("did you mean z-image-turbo?")
+    upstream.decide = lambda fields: refusal(404, "No matching chute found!")
+    assert "did you mean" not in ended(client, submit(client, model="z"))["error"]
