@@ -397,6 +397,8 @@ def _limit() -> None:
 
     with suppress(ValueError):  # A lower limit is in force.
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_MB * 2**20,) * 2)
+    with suppress(OSError):  # Where memory runs out, this process goes, and not the server.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     timer = threading.Timer(MAX_SECONDS, end)
     timer.daemon = True
     timer.start()

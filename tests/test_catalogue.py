@@ -487,6 +487,18 @@ def test_the_process_has_nothing_of_the_servers_environment(reader, monkeypatch)
     assert seen == ["MALLOC_ARENA_MAX=1\0"] * 2
 
 
+def test_where_memory_runs_out_the_process_goes_first(reader):
+    seen = []
+
+    def answer(template, number):
+        seen.append(Path(f"/proc/{reader._process.pid}/oom_score_adj").read_text())
+        return page()
+
+    with listing(answer) as server:
+        reader.read(server.url, CHUTE_URL)
+    assert seen == ["1000\n"] * 2
+
+
 def fails(server_url, reader, why):
     """Assert that a read fails with one line that says why, and what to do."""
     with pytest.raises(CatalogueError, match=why) as raised:
