@@ -3,9 +3,11 @@
 import re
 import shutil
 import threading
+import tomllib
 import zipfile
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -20,6 +22,7 @@ from werkzeug.serving import make_server
 import images
 from records import ERROR_CODES, Ending, NewTask
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.page,
@@ -148,7 +151,7 @@ def look_again(page):
 
 def fill(page, **fields):
     for name, text in fields.items():
-        page.locator(f"#{name}").fill(text)
+        page.locator(f"#{name}, #field-{name}").fill(text)
 
 
 def press(page, name):
@@ -185,15 +188,14 @@ def test_a_prompt_becomes_a_picture(site, visit, upstream):
     there = site(CONCURRENCY=1)
     page = visit(there)
     expect(page.locator("#empty")).to_be_visible()
-    expect(page.locator("#model")).to_have_attribute("placeholder", "qwen-image")
-    expect(page.locator("#models option")).to_have_attribute("value", "qwen-image")
+    expect(page.locator("#model")).to_have_value("qwen-image")
     expect(page.locator("#prompt")).to_be_focused()
     fill(page, prompt="a first one", model="FLUX.1-dev")
     page.locator("#size").select_option("1280x832")
     press(page, "Make the picture")
     running = page.locator("#unfinished li").nth(0)
     expect(running).to_contain_text(re.compile(r"a first one\s*Running for \d+ s"))
-    fill(page, prompt="a second one", model="")
+    fill(page, model="", prompt="a second one")
     press(page, "Make the picture")
     waiting = page.locator("#unfinished li").nth(1)
     expect(waiting).to_contain_text("Waiting, place 1: all 1 places are busy")
@@ -236,7 +238,7 @@ def test_every_field_that_is_wrong_is_marked_in_the_words_of_its_label(site, vis
     expect(page.locator("#prompt")).to_have_accessible_description("Prompt must not be empty")
     page.locator("summary").click()
     fill(page, prompt="p" * 10_001, seed="seven", guidance_scale="20,5", num_inference_steps="1.5")
-    page.locator("#size").select_option("")
+    page.locator("#size").select_option("other")
     fill(page, width="99999")
     page.locator("summary").click()
     press(page, "Make the picture")
@@ -249,9 +251,10 @@ def test_every_field_that_is_wrong_is_marked_in_the_words_of_its_label(site, vis
     }
     expect(page.locator("[aria-invalid]")).to_have_count(len(faults))
     for name, sentence in faults.items():
-        expect(page.locator(f"#{name}")).to_be_visible()
-        expect(page.locator(f"#{name}")).to_have_accessible_description(sentence)
-    labels = "Prompt, Width, Seed, Steps, Guidance scale"
+        field = page.locator(f"#{name}, #field-{name}")
+        expect(field).to_be_visible()
+        expect(field).to_have_accessible_description(sentence)
+    labels = "Prompt, Width, Guidance scale, Steps, Seed"
     expect(page.locator("#make-error")).to_have_text(f"Please correct: {labels}")
     assert not [path for method, path, _ in page.asked if method == "POST"]
     fill(page, prompt="p", seed="7", guidance_scale="7,25", num_inference_steps="15", width="640")
@@ -275,10 +278,12 @@ def test_what_the_server_refuses_is_told_in_the_words_of_the_labels_too(site, vi
     page.route("**/generate", lambda route: route.fulfill(status=400, json={"error": several}))
     press(page, "Make the picture")
     expect(page.locator("#make-error")).to_have_text("Please correct: Steps, Width")
-    expect(page.locator("#num_inference_steps")).to_have_accessible_description(
+    expect(page.locator("#field-num_inference_steps")).to_have_accessible_description(
         "Steps must be less"
     )
-    expect(page.locator("#width")).to_have_accessible_description("Width must be more; and 2 more")
+    expect(page.locator("#field-width")).to_have_accessible_description(
+        "Width must be more; and 2 more"
+    )
     page.unroute("**/generate")
     whole = "The queue is full; try again later"
     page.route("**/generate", lambda route: route.fulfill(status=400, json={"error": whole}))
@@ -290,7 +295,7 @@ def test_what_the_server_refuses_is_told_in_the_words_of_the_labels_too(site, vi
 def test_the_form_has_the_fields_and_the_rules_of_the_api(site, visit):
     there = site()
     page = visit(there)
-    fields = page.evaluate("import('/page/form.js').then((form) => form.FIELDS)")
+    fields = page.evaluate("import('/page/fields.js').then((fields) => fields.FIELDS)")
     schemas = there.client.get("/openapi.json").json["components"]["schemas"]
     known = schemas["Generate"]["properties"]
     assert {"prompt", "model", *fields} == set(known)
@@ -299,6 +304,9 @@ def test_the_form_has_the_fields_and_the_rules_of_the_api(site, visit):
         assert rule.pop("default", None) == default, name
         (told,) = [kind for kind in known[name]["anyOf"] if kind["type"] != "null"]
         assert rule.items() <= told.items(), name
+    sent = page.evaluate("import('/page/fields.js').then((fields) => fields.SENT)")
+    models = tomllib.loads((ROOT / "models.toml").read_text())
+    assert sent == {name: model["send"] for name, model in models.items() if "send" in model}
     failures = page.evaluate("import('/page/words.js').then((words) => words.FAILURES)")
     assert {*failures, "canceled"} == set(ERROR_CODES)
 
@@ -308,7 +316,7 @@ def test_all_settings_are_sent(site, visit, upstream):
     page.locator("summary").click()
     given = {"seed": "7", "num_inference_steps": "12", "guidance_scale": "3.5"}
     fill(page, prompt="p", negative_prompt="a dog", true_cfg_scale="2", priority="-5", **given)
-    page.locator("#size").select_option("")
+    page.locator("#size").select_option("other")
     fill(page, width="640", height="384")
     press(page, "Make the picture")
     expect(page.locator(pictures)).to_have_count(1)
@@ -341,6 +349,299 @@ def test_a_lost_answer_makes_no_second_picture(site, visit, upstream):
     press(page, "Make the picture")
     expect(page.locator(pictures)).to_have_count(2)
     assert len(upstream.calls) == 2
+
+
+# The model
+
+
+def file_of(folder, tables, url):
+    """Write a file of models, all called at one address, with qwen-image as the first."""
+    names = re.findall(r"^\[([\w-]+)\]$", tables, re.M)
+    for name in names:
+        tables = tables.replace(f"[{name}]\n", f'[{name}]\nurl = "{url}"\n')
+    path = folder / "models.toml"
+    path.write_text(f'[qwen-image]\nurl = "{url}"\nmodel = "qwen-image"\n{tables}')
+    return path
+
+
+MANY = "".join(f"[style-{n}]\n" for n in range(300))
+KINDS = """
+[sided]
+[sided.fields]
+width = { type = "integer", minimum = 576, maximum = 2048, default = 768 }
+height = { type = "integer", minimum = 576, maximum = 2048, default = 640 }
+guidance_scale = { type = "number", minimum = 0, maximum = 5, default = 0 }
+num_inference_steps = { type = "integer", minimum = 1 }
+seed = { type = "integer", minimum = 0, maximum = 9 }
+
+[shaped]
+prompt = { minLength = 3, maxLength = 20 }
+
+[shaped.fields]
+resolution = { type = "string", enum = ["1024x1024", "768x1360"], default = "1024x1024" }
+guidance_scale = { type = "number", minimum = 1, maximum = 20 }
+tile = { type = "boolean", default = true }
+style = { type = "string", minLength = 2, maxLength = 20 }
+loras = { type = "array" }
+constructor = {}
+key = { type = "integer", maximum = 3 }
+
+[editor]
+images = { field = "image_b64s", minimum = 1, maximum = 3 }
+"""
+options = "#models [role=option]"
+
+
+@pytest.fixture
+def kinds(site, upstream, tmp_path):
+    """Return a site with models that take different fields."""
+    return site(MODELS_FILE=file_of(tmp_path, KINDS, upstream.url))
+
+
+def choose(page, name):
+    expect(page.locator("#model")).not_to_have_value("")
+    page.locator("#model").click()
+    page.locator("#models").get_by_role("option", name=name, exact=True).click()
+    expect(page.locator("#model")).to_have_value(name)
+
+
+def test_one_of_hundreds_of_models_is_found_with_the_keyboard(site, visit, upstream, tmp_path):
+    there = site(MODELS_FILE=file_of(tmp_path, MANY, upstream.url))
+    page = visit(there)
+    model = page.get_by_role("combobox", name="Model", exact=True).first
+    expect(model).to_have_value("qwen-image")
+    fill(page, prompt="p")
+    page.keyboard.press("Tab")
+    expect(model).to_be_focused()
+    expect(page.locator("#models")).to_be_hidden()
+    page.keyboard.press("ArrowDown")
+    expect(model).to_have_attribute("aria-expanded", "true")
+    expect(page.locator(options)).to_have_count(301)
+    chosen = page.locator("#models").get_by_role("option", selected=True)
+    expect(chosen).to_have_text("qwen-image")
+    page.keyboard.press("ArrowUp")
+    expect(chosen).to_have_text("style-299")
+    expect(chosen).to_be_in_viewport()
+    expect(model).to_have_attribute("aria-activedescendant", chosen.get_attribute("id"))
+    page.keyboard.press("Escape")
+    expect(page.locator("#models")).to_be_hidden()
+    expect(model).to_have_value("qwen-image")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.type("29 Style")
+    expect(page.locator(options)).to_have_count(13)
+    expect(chosen).to_have_count(0)
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(model).to_have_value("style-129")
+    expect(page.locator("#models")).to_be_hidden()
+    assert not upstream.calls
+    page.keyboard.press("Enter")
+    expect(page.locator(pictures)).to_have_count(1)
+    (task,) = there.client.get("/tasks").json["tasks"]
+    assert task["model"] == "style-129"
+
+
+def test_a_model_is_chosen_with_a_finger(site, visit, upstream, tmp_path):
+    there = site(MODELS_FILE=file_of(tmp_path, MANY, upstream.url))
+    phone = {"has_touch": True, "is_mobile": True, "viewport": {"width": 390, "height": 600}}
+    page = visit(there, **phone)
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    page.locator("#model").tap()
+    expect(page.locator("#models")).to_be_in_viewport(ratio=0.99)
+    page.keyboard.type("style-7")
+    expect(page.locator(options)).to_have_count(11)
+    page.locator(options).nth(1).tap()
+    expect(page.locator("#model")).to_have_value("style-70")
+    expect(page.locator("#models")).to_be_hidden()
+    page.locator("#model").tap()
+    expect(page.locator(options)).to_have_count(301)
+    page.locator("h1").tap()
+    expect(page.locator("#models")).to_be_hidden()
+    expect(page.locator("#model")).to_have_value("style-70")
+
+
+def test_a_model_without_an_instance_is_marked_as_cold(site, visit, upstream, tmp_path):
+    catalogue = {"CATALOGUE_URL": upstream.catalogue_url, "CHUTE_URL": upstream.chute_url}
+    there = site(MODELS_FILE=file_of(tmp_path, "", upstream.url), **catalogue)
+    wait_until(lambda: len(there.client.get("/models").json["models"]) == 4)
+    page = visit(there)
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    page.locator("#model").click()
+    expect(page.locator(options)).to_have_text(
+        ["qwen-image", "z-image-turbo", "hunyuan-image-3", "hidream cold"]
+    )
+    fill(page, model="chutes-hidream")
+    expect(page.locator(options)).to_have_text("hidream cold")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("hidream")
+    expect(page.locator("#model")).to_have_accessible_description("cold: may take minutes")
+    choose(page, "z-image-turbo")
+    expect(page.locator("#model")).to_have_accessible_description("")
+
+
+def test_a_model_that_is_not_in_the_list_is_asked_for_by_its_name(kinds, visit, upstream):
+    page = visit(kinds)
+    fill(page, prompt="p", model="a/new-one")
+    expect(page.locator("#models")).to_be_hidden()
+    expect(page.locator("#model")).to_have_accessible_description("not in the list")
+    expect(page.locator("#size option:checked")).to_have_text("default")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert upstream.calls == [{"model": "a/new-one", "prompt": "p"}]
+    fill(page, model=" ")
+    page.locator("#prompt").focus()
+    expect(page.locator("#model")).to_have_value("qwen-image")
+
+
+def test_a_model_that_needs_images_is_not_offered(kinds, visit):
+    page = visit(kinds)
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    page.locator("#model").click()
+    expect(page.locator(options)).to_have_text(["qwen-image", "sided", "shaped"])
+    expect(page.locator("#find-model option")).to_have_count(5)
+
+
+def test_the_form_has_the_fields_of_the_model_and_keeps_what_was_typed(kinds, visit, upstream):
+    page = visit(kinds)
+    expect(page.locator("#size")).to_be_visible()
+    page.locator("summary").click()
+    fill(page, prompt="a fox", negative_prompt="a dog", guidance_scale="3.5", seed="7")
+    page.locator("#size").select_option("1280x832")
+    choose(page, "shaped")
+    named = page.locator("#make [data-field]").evaluate_all(
+        "all => all.map((a) => a.dataset.field)"
+    )
+    assert sorted(named) == sorted(
+        ["resolution", "guidance_scale", "tile", "style", "loras", "constructor", "key", "priority"]
+    )
+    expect(page.locator("#size")).to_be_hidden()
+    expect(page.get_by_label("Resolution")).to_be_visible()
+    expect(page.locator("#field-guidance_scale")).to_have_value("3.5")
+    expect(page.locator("#field-guidance_scale")).to_have_accessible_description("1 to 20")
+    page.locator("#field-tile").select_option(label="No")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert upstream.calls == [{"prompt": "a fox", "guidance_scale": 3.5, "tile": False}]
+    choose(page, "sided")
+    expect(page.locator("#size")).to_have_value("1280x832")
+    expect(page.locator("#size option").first).to_have_text("768 \u00d7 640 (default)")
+    expect(page.locator("#field-guidance_scale")).to_have_accessible_description(
+        "0 to 5, default 0"
+    )
+    expect(page.locator("#field-seed")).to_have_value("7")
+    expect(page.locator("#field-negative_prompt")).to_have_count(0)
+    choose(page, "qwen-image")
+    expect(page.locator("#field-negative_prompt")).to_have_value("a dog")
+    choose(page, "shaped")
+    expect(page.locator("#field-tile")).to_have_value("false")
+
+
+def test_what_a_model_does_not_take_is_told_before_it_is_sent(kinds, visit, upstream):
+    page = visit(kinds)
+    page.locator("summary").click()
+    fill(page, prompt="p", guidance_scale="7.5", num_inference_steps="0")
+    page.locator("#size").select_option("512x512")
+    choose(page, "sided")
+    press(page, "Make the picture")
+    faults = {
+        "width": "Width must be a whole number from 576 to 2048",
+        "height": "Height must be a whole number from 576 to 2048",
+        "guidance_scale": "Guidance scale must be a number from 0 to 5",
+        "num_inference_steps": "Steps must be a whole number of at least 1",
+    }
+    expect(page.locator("[aria-invalid]")).to_have_count(len(faults))
+    for name, sentence in faults.items():
+        expect(page.locator(f"#field-{name}")).to_have_accessible_description(sentence)
+    expect(page.locator("#field-width")).to_have_value("512")
+    choose(page, "shaped")
+    expect(page.locator("[aria-invalid]")).to_have_count(0)
+    expect(page.locator("#make-error")).to_be_empty()
+    expect(page.locator("#prompt")).to_have_accessible_description("3 to 20 characters")
+    fill(page, style="x", loras="{}")
+    page.locator("#field-key").fill("4")
+    press(page, "Make the picture")
+    faults = {
+        "prompt": "Prompt must be at least 3 characters long",
+        "field-style": "Style must be at least 2 characters long",
+        "field-loras": "Loras must be a list in JSON",
+        "field-key": "Key must be a whole number of at most 3",
+    }
+    expect(page.locator("[aria-invalid]")).to_have_count(len(faults))
+    for name, sentence in faults.items():
+        expect(page.locator(f"#{name}")).to_have_accessible_description(sentence)
+    assert not [path for method, path, _ in page.asked if method == "POST"]
+    fill(page, prompt="a fox", style="oil", loras='["a", {"b": 1}]', constructor="free")
+    page.locator("#field-key").fill("-1")
+    expect(page.locator("#prompt")).to_have_accessible_description("3 to 20 characters")
+    page.locator("#field-resolution").select_option("768x1360")
+    page.locator("#field-tile").select_option(label="Yes")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    given = {"resolution": "768x1360", "guidance_scale": 7.5, "tile": True, "style": "oil"}
+    assert upstream.calls == [
+        {"prompt": "a fox", **given, "loras": ["a", {"b": 1}], "constructor": "free", "key": -1}
+    ]
+    page.locator("#field-style").fill("")
+    page.locator(pictures).click()
+    press(page, "Use again")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    # True is what the model does anyway.
+    assert upstream.calls[1] == {k: v for k, v in upstream.calls[0].items() if k != "tile"}
+
+
+def test_the_seed_that_was_chosen_is_shown_and_can_be_taken_along(kinds, visit, upstream):
+    make_one(kinds, model="sided")
+    page = visit(kinds)
+    page.locator(pictures).click()
+    seed = upstream.calls[0]["seed"]
+    expect(page.locator("#settings dt", has_text="Seed")).to_be_visible()
+    expect(page.locator("#settings dt:text-is('Seed') + dd")).to_have_text(str(seed))
+    press(page, "Use again")
+    expect(page.locator("#field-seed")).to_have_value("")
+    choose(page, "shaped")
+    expect(page.locator("#seed-before")).to_be_hidden()
+    choose(page, "sided")
+    press(page, f"Use its seed too: {seed}")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    assert upstream.calls[1] == upstream.calls[0]
+
+
+def test_what_is_wrong_stays_told_when_the_models_come(kinds, visit):
+    """Hold the list of models back until the form was submitted."""
+    held = []
+    page = visit(kinds, before=lambda page: page.route("**/models", lambda r: held.append(r)))
+    wait_until(lambda: page.wait_for_timeout(20) or held)
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Prompt")
+    held[0].continue_()
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Prompt")
+    expect(page.locator("#prompt")).to_have_accessible_description("Prompt must not be empty")
+
+
+def test_the_models_are_listed_when_a_server_that_was_away_is_back(kinds, visit):
+    def away(page):
+        for path in ("queue", "models"):
+            page.route(f"**/{path}", lambda route: route.abort())
+
+    page = visit(kinds, before=away)
+    expect(page.locator("#notices")).to_contain_text("The server does not answer")
+    expect(page.locator("#field-seed")).to_be_attached()
+    fill(page, model="sided")
+    page.locator("summary").click()
+    fill(page, seed="3")
+    for path in ("queue", "models"):
+        page.unroute(f"**/{path}")
+    look_again(page)
+    expect(page.locator("#size option").first).to_have_text("768 \u00d7 640 (default)")
+    expect(page.locator("#model")).to_have_value("sided")
+    expect(page.locator("#field-seed")).to_have_value("3")
+    assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
+    page.faults.clear()
 
 
 # Tasks that fail or are ended
@@ -620,15 +921,19 @@ def test_a_picture_is_opened_by_its_address(site, visit):
 def test_settings_are_copied_back_into_the_form(site, visit, upstream):
     there = site()
     fields = {"negative_prompt": "a dog", "seed": 0, "guidance_scale": 3.5, "priority": -5}
-    make_one(there, "to be used again", width=1000, height=500, model="FLUX.1-dev", **fields)
+    make_one(there, "to be used again", width=1000, height=500, model="JuggernautXL", **fields)
     page = visit(there)
     page.locator(pictures).click()
-    expect(page.locator("#settings")).to_contain_text("FLUX.1-dev")
+    expect(page.locator("#settings")).to_contain_text("JuggernautXL")
     press(page, "Use again")
     expect(page.get_by_role("dialog")).to_be_hidden()
     expect(page.locator("#prompt")).to_be_focused()
-    expect(page.locator("#width")).to_have_value("1000")
-    expect(page.locator("#seed")).to_be_visible()
+    expect(page.locator("#model")).to_have_value("JuggernautXL")
+    expect(page.locator("#field-width")).to_have_value("1000")
+    expect(page.locator("#field-seed")).to_have_value("")
+    press(page, "Use its seed too: 0")
+    expect(page.locator("#field-seed")).to_be_focused()
+    expect(page.locator("#seed-before")).to_be_hidden()
     press(page, "Make the picture")
     expect(page.locator(pictures)).to_have_count(2)
     first, second = upstream.calls
@@ -642,7 +947,7 @@ def test_what_was_not_asked_for_is_not_put_into_the_form(site, visit):
     page = visit(there)
     page.locator("summary").click()
     fill(page, model="FLUX.1-dev", seed="7", guidance_scale="3", priority="1")
-    page.locator("#size").select_option("")
+    page.locator("#size").select_option("other")
     fill(page, width="640")
     page.locator("summary").click()
     page.locator(pictures).click()
@@ -652,11 +957,12 @@ def test_what_was_not_asked_for_is_not_put_into_the_form(site, visit):
     values = page.locator("#make :is(input, select, textarea):not(#prompt)").evaluate_all(
         "all => Object.fromEntries(all.map((one) => [one.id, one.value]))"
     )
-    assert values.pop("size") == "1024x1024"
+    assert values.pop("model") == "qwen-image"
     assert len(values) == 9
     assert set(values.values()) == {""}
-    expect(page.locator("#seed")).to_be_hidden()
-    expect(page.locator("#width")).to_be_hidden()
+    expect(page.locator("#size option:checked")).to_have_text("1024 \u00d7 1024 (default)")
+    expect(page.locator("#field-seed")).to_be_hidden()
+    expect(page.locator("#field-width")).to_be_hidden()
 
 
 def test_a_picture_is_made_again_and_deleted(site, visit, tmp_path):
@@ -883,7 +1189,7 @@ def test_tasks_are_found_by_how_they_stand_and_by_model(site, visit, upstream):
     upstream.decide = lambda f: refusal(400, "no") if f["prompt"] == "bad" else Answer()
     there = site(CONCURRENCY=1)
     make_one(there, "good")
-    make_one(there, "another", model="other")
+    make_one(there, "another", model="FLUX.1-dev")
     finished(there.client, submit(there.client, "bad"))
     upstream.gate.clear()
     for prompt in ("runs", "waits", "waits too"):
@@ -911,7 +1217,7 @@ def test_tasks_are_found_by_how_they_stand_and_by_model(site, visit, upstream):
     show.select_option(label="Everything")
     expect(shown).to_have_count(7)
     wait_until(lambda: page.wait_for_timeout(20) or page.asked[-1][2] == "wait=5")
-    model.select_option("other")
+    model.select_option("FLUX.1-dev")
     expect(shown).to_have_count(1)
     page.unroute("**/status/**")
     upstream.gate.set()
@@ -1050,7 +1356,7 @@ def test_all_that_waits_is_canceled_by_the_second_press_only(site, visit, upstre
 
 
 def test_all_times_are_in_the_zone_of_the_reader(site, visit, upstream):
-    upstream.decide = lambda f: refusal(429, "later") if f.get("seed") else Answer()
+    upstream.decide = lambda f: refusal(429, "later") if f.get("seed") == 1 else Answer()
     there = site(RETRY_BACKOFF=60)
     make_one(there)
     held = submit(there.client, seed=1)
@@ -1082,7 +1388,7 @@ def test_the_queue_is_paused_and_resumed(site, visit, upstream):
 
 def test_a_pause_of_its_own_and_a_hold_are_told_with_their_reasons(site, visit, upstream):
     upstream.decide = lambda fields: (
-        refusal(429, "later") if fields.get("seed") else refusal(401, "no")
+        refusal(429, "later") if fields.get("seed") == 1 else refusal(401, "no")
     )
     there = site(RETRY_BACKOFF=60)
     page = visit(there)
@@ -1295,6 +1601,11 @@ def test_axe_finds_nothing(site, visit, upstream, scheme, width):
         expect(page.locator("#make-error")).not_to_be_empty()
         press(page, "Select")
         check_axe(page)
+        page.locator("#model").click()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("#models")).to_be_visible()
+        check_axe(page)
+        page.keyboard.press("Escape")
         press(page, "Select")
         overflow = "document.scrollingElement.scrollWidth - innerWidth"
         assert page.evaluate(overflow) <= 0

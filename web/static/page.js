@@ -147,15 +147,20 @@ function comeBack() {
   showAgain();
   reopen();
   render();
+  loadModels();
+}
+
+async function loadModels() {
+  try {
+    const { models } = await api("GET", "/models");
+    form.offerModels(models);
+    find.offerModels(models.map(({ name }) => name));
+  } catch (error) {
+    console.debug(error); // They are loaded when the server is back.
+  }
 }
 
 addEventListener("hashchange", openHash);
 document.addEventListener("visibilitychange", () => document.hidden || poke());
 watch();
-api("GET", "/v1/models")
-  .then(({ data }) => {
-    const names = data.map(({ id }) => id);
-    form.offerModels(names);
-    find.offerModels(names);
-  })
-  .catch(() => {});
+loadModels();

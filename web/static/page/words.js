@@ -3,6 +3,7 @@
 import { clockAhead } from "./api.js";
 
 const LABELS = {
+  __proto__: null,
   num_inference_steps: "Steps",
   true_cfg_scale: "True CFG scale",
 };

@@ -1,0 +1,125 @@
+// The model that is asked: a field to type its name in, and a list that is searched meanwhile.
+
+import { $, make } from "./dom.js";
+
+const byName = new Map(); // The models by each of their names.
+let offered = []; // Those that make a picture of a prompt alone.
+let usual = ""; // The name of the default one.
+
+// Return what is known of a model, the default one where no name is given.
+export const modelOf = (name) => byName.get(name.trim() || usual);
+
+// Take the models as the server lists them: of two with the same name, the first has it.
+export function takeModels(models) {
+  byName.clear();
+  for (const model of models) {
+    for (const name of [model.name, ...model.aliases]) {
+      if (!byName.has(name)) byName.set(name, model);
+    }
+  }
+  offered = models.filter((model) => !model.images);
+  usual = models.find((model) => model.default)?.name ?? "";
+  if (document.activeElement !== $("model")) setModel($("model").value);
+}
+
+export function setModel(name) {
+  $("model").value = name.trim() || usual;
+  renderNote();
+}
+
+function renderNote() {
+  const { value } = $("model");
+  const model = modelOf(value);
+  const isUnknown = byName.size && value.trim() && !model;
+  $("model-hint").textContent = isUnknown ? "not in the list" : "";
+  if (model?.hot === false) $("model-hint").textContent = "cold: may take minutes";
+}
+
+// The list
+
+const isOpen = () => !$("models").hidden;
+const active = () => $("models").querySelector("[aria-selected=true]");
+
+// Show the models whose names hold these words, or one by all of another of its names.
+function open(text) {
+  const words = text.toLowerCase().split(/\s+/);
+  const found = offered.filter(
+    ({ name, aliases }) =>
+      words.every((word) => name.toLowerCase().includes(word)) || aliases.includes(text.trim()),
+  );
+  $("models").replaceChildren(...found.map(createOption));
+  show(Boolean(found.length));
+}
+
+function show(isShown) {
+  activate(null);
+  $("models").hidden = !isShown;
+  $("model").setAttribute("aria-expanded", isShown);
+  if (isShown) $("models").scrollIntoView({ block: "nearest" });
+}
+
+function createOption({ name, hot }, n) {
+  const option = make("li", { id: `model-${n}`, role: "option", textContent: name });
+  option.setAttribute("aria-selected", false);
+  option.dataset.name = name;
+  if (hot === false) option.append(" ", make("span", { className: "hint", textContent: "cold" }));
+  return option;
+}
+
+function activate(option) {
+  active()?.setAttribute("aria-selected", false);
+  option?.setAttribute("aria-selected", true);
+  option?.scrollIntoView({ block: "nearest" });
+  if (option) $("model").setAttribute("aria-activedescendant", option.id);
+  else $("model").removeAttribute("aria-activedescendant");
+}
+
+function openAll() {
+  if (isOpen()) return;
+  open("");
+  $("model").select(); // What is typed next is searched for.
+  const { name } = modelOf($("model").value) ?? {};
+  activate([...$("models").children].find((option) => option.dataset.name === name));
+}
+
+function choose(option) {
+  $("model").value = option.dataset.name;
+  $("model").dispatchEvent(new Event("input", { bubbles: true }));
+  show(false);
+}
+
+function step(by) {
+  const options = [...$("models").children];
+  const at = options.indexOf(active());
+  const next = at < 0 && by < 0 ? options.length - 1 : at + by;
+  activate(options.at(next % options.length));
+}
+
+const KEYS = {
+  ArrowDown: () => (isOpen() ? step(1) : openAll()),
+  ArrowUp: () => (isOpen() ? step(-1) : openAll()),
+  Enter: () => (active() ? choose(active()) : show(false)),
+  Escape: () => show(false),
+};
+
+$("model").addEventListener("keydown", (event) => {
+  const isForList = event.key.startsWith("Arrow") || isOpen();
+  if (!isForList || !Object.hasOwn(KEYS, event.key) || event.isComposing) return;
+  event.preventDefault();
+  KEYS[event.key]();
+});
+$("model").addEventListener("click", openAll);
+$("model").addEventListener("input", () => {
+  open($("model").value);
+  renderNote();
+});
+$("model").addEventListener("blur", () => {
+  show(false);
+  setModel($("model").value);
+});
+// Focus stays where the name is typed.
+$("models").addEventListener("mousedown", (event) => event.preventDefault());
+$("models").addEventListener("click", ({ target }) => {
+  const option = target.closest("[role=option]");
+  if (option) choose(option);
+});
