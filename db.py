@@ -187,18 +187,7 @@ class Database:
             if low_on_disk:
                 raise LowOnDisk
             _check_pending_limit(connection, max_pending, len(tasks))
-            connection.executemany(
-                """INSERT INTO tasks (id, prompt, model, params, priority, seed_chosen, status,
-                                      created_at, updated_at)
-                   VALUES (?, ?, ?, ?, ?, ?, 'pending', ?, ?)""",
-                [
-                    (
-                        *(t.id, t.prompt, t.model, json.dumps(t.params), t.priority),
-                        *(t.seed_chosen, stamp(now), stamp(now)),
-                    )
-                    for t in tasks
-                ],
-            )
+            _insert(connection, tasks, stamp(now))
             if key:
                 # An expired one may still be there: they are removed some at a time.
                 connection.execute(
@@ -242,16 +231,10 @@ class Database:
             )
             ((paused, pause_reason),) = connection.rows("SELECT paused, pause_reason FROM queue")
             holds = _holds(connection, [ALL_MODELS, *(task.model for task in tasks)])
-            running = Counter(
-                model
-                for (model,) in connection.rows(
-                    "SELECT model FROM tasks INDEXED BY tasks_processing "
-                    "WHERE status = 'processing'"
-                )
-            )
+            running = _running(connection)
             shared = QueueView(
                 ahead=0,
-                processing=_count(connection, "processing"),
+                processing=running.total(),
                 paused=bool(paused),
                 pause_reason=pause_reason,
                 holds=(),
@@ -284,9 +267,7 @@ class Database:
         that model is claimed before the probe's call has ended.
         """
         with self._write() as connection:
-            if max_per_day and _calls_since(connection, midnight(now), max_per_day) >= max_per_day:
-                return None
-            if rate_limit and _next_start(connection, *rate_limit, now):
+            if not _may_start(connection, now, rate_limit, max_per_day):
                 return None
             connection.execute(
                 """UPDATE tasks INDEXED BY tasks_later SET not_before = NULL
@@ -303,14 +284,7 @@ class Database:
             if not rows:
                 return None
             task = _task(rows[0])
-            connection.execute(
-                "INSERT INTO calls (task, number, started) VALUES (?, ?, ?)",
-                (task.id, task.calls, now),
-            )
-            connection.execute(
-                "UPDATE holds SET probe = ? WHERE model IN (?, ?)",
-                (task.id, task.model, ALL_MODELS),
-            )
+            _begin_call(connection, task, now)
             return task
 
     def next_due(self, now: float, rate_limit: tuple[int, float] | None = None) -> float | None:
@@ -1035,6 +1009,45 @@ def _check_origin(path: Path, columns: Iterable[tuple[str]]) -> None:
     if "seq" in names or not names >= node.KEYS:
         advice = "move it away, or name another file in DATABASE_PATH"
         raise DatabaseError(f"{path} was made by another program: {advice}")
+
+
+def _insert(connection: _Connection, tasks: Sequence[NewTask], created: str) -> None:
+    connection.executemany(
+        """INSERT INTO tasks (id, prompt, model, params, priority, seed_chosen, status,
+                              created_at, updated_at)
+           VALUES (?, ?, ?, ?, ?, ?, 'pending', ?, ?)""",
+        [
+            (
+                *(task.id, task.prompt, task.model, json.dumps(task.params), task.priority),
+                *(task.seed_chosen, created, created),
+            )
+            for task in tasks
+        ],
+    )
+
+
+def _may_start(
+    connection: _Connection, now: float, rate_limit: tuple[int, float] | None, max_per_day: int
+) -> bool:
+    """Return whether the limits of a day and of a time leave room for a call."""
+    if max_per_day and _calls_since(connection, midnight(now), max_per_day) >= max_per_day:
+        return False
+    return not rate_limit or _next_start(connection, *rate_limit, now) is None
+
+
+def _begin_call(connection: _Connection, task: Task, now: float) -> None:
+    connection.execute(
+        "INSERT INTO calls (task, number, started) VALUES (?, ?, ?)", (task.id, task.calls, now)
+    )
+    connection.execute(
+        "UPDATE holds SET probe = ? WHERE model IN (?, ?)", (task.id, task.model, ALL_MODELS)
+    )
+
+
+def _running(connection: _Connection) -> Counter[str]:
+    """Count the tasks under way by model."""
+    sql = "SELECT model FROM tasks INDEXED BY tasks_processing WHERE status = 'processing'"
+    return Counter(model for (model,) in connection.rows(sql))
 
 
 _CANCEL = """UPDATE tasks SET status = 'failed', error_code = :code, error = :error,

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,18 @@ def test_imports_go_one_way():
         below -= layer
         for name in layer:
             assert imported(OURS[name]) & set(OURS) <= below, name
+
+
+def test_no_function_is_longer_than_forty_lines():
+    scripts = (ROOT / "script").glob("*.py")
+    lengths = {
+        f"{path.name}: {node.name}": node.end_lineno - node.lineno + 1
+        for path in (*OURS.values(), *scripts)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > 40} == {}
+    assert statistics.median(lengths.values()) < 8
 
 
 @pytest.mark.parametrize("library", ONLY)

@@ -301,6 +301,11 @@ def waiting_for(
             f"the rate limit of {limit.count} in {limit.seconds:g} s; "
             f"next start at {_clock_time(queue_view.next_start, now)}"
         )
+    return _place_in_line(task, queue_view, config)
+
+
+def _place_in_line(task: records.Task, queue_view: QueueView, config: Config) -> str:
+    """Say what a task waits for that nothing holds: others, or a place of its own."""
     if queue_view.ahead > POSITIONS:
         return f"more than {POSITIONS} tasks ahead"
     if queue_view.ahead:
@@ -309,8 +314,9 @@ def waiting_for(
         return f"all {config.concurrency} places are busy"
     model = config.file_models.get(task.model)
     if model and model.concurrency and queue_view.processing_of_model >= model.concurrency:
-        places = f"all {model.concurrency} places" if model.concurrency > 1 else "the place"
-        return f"{places} of {task.model} {'is' if places == 'the place' else 'are'} busy"
+        if model.concurrency == 1:
+            return f"the place of {task.model} is busy"
+        return f"all {model.concurrency} places of {task.model} are busy"
     return "it is about to start"
 
 
