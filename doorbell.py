@@ -38,7 +38,7 @@ class Doorbell:
     def stop_listening(self, path: Path) -> None:
         """Be rung through that FIFO no more; it is left where it is."""
         with self._lock:
-            self._close(self._listening.pop(path))
+            self._close(self._listening.pop(path, -1))
 
     def watch(self, path: Path) -> None:
         """Be rung once, when the process that listens at this path ends."""

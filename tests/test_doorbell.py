@@ -246,3 +246,11 @@ def test_what_a_dead_process_left_is_removed(both, upstream):
     os.mkfifo(left)
     first.until(first.add(), status="completed")
     wait_until(lambda: not left.exists())
+
+
+def test_who_stops_listening_after_the_end_does_no_harm(tmp_path):
+    bell = Doorbell()
+    bell.listen(tmp_path / "bell")
+    bell.close()
+    bell.stop_listening(tmp_path / "bell")
+    assert not doorbell.ring(tmp_path / "bell")
