@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import rows
 from conftest import Clock, wait_until
 from queues import ever
 from upstream import Answer, closed_port, image_bytes, raw_server, refusal
@@ -741,6 +742,8 @@ def test_a_clock_that_was_set_back_before_the_start_is_noticed(make, upstream):
     slow = Clock(fast.now - 86400)
     again = make(slow, RATE_LIMIT="1/60").start()
     task_id = again.add()
+    last = "SELECT max(started) FROM calls"
+    wait_until(lambda: rows.read(again.db.path, last)[0][0] <= slow.now)
     assert again.waits(task_id).startswith("the rate limit")
     slow.now += 61
     again.until(task_id, status="completed")
