@@ -1,5 +1,7 @@
 """The routes of models, and requests that name one: what is known of it says what they may hold."""
 
+import socket
+
 import pytest
 from conftest import wait_until
 from upstream import Answer, refusal
@@ -170,3 +172,17 @@ def test_the_failure_of_a_model_that_nobody_knows_names_the_nearest(start, upstr
     assert task["error"].endswith("did you mean z-image-turbo?")
     upstream.decide = lambda fields: refusal(404, "No matching chute found!")
     assert "did you mean" not in ended(client, submit(client, model="z"))["error"]
+
+
+def test_a_task_of_a_name_that_is_not_known_waits_for_the_catalogue_but_not_for_long(serve):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        client = serve(CATALOGUE_URL=url).client
+        task_id, other = submit(client, model="a-new-one"), submit(client)
+        waiting = client.get(f"/status/{task_id}").json["waiting_for"]
+        assert waiting == "the catalogue is read for a-new-one"
+        assert ended(client, other)["status"] == "completed"
+        assert client.get("/models").json["catalogue"] == {"read_at": None, "error": None}
+        assert client.get(f"/status/{task_id}").json["attempts"] == 0
+        task = ended(client, task_id)
+    assert (task["status"], task["attempts"], len(task["calls"])) == ("completed", 1, 1)
