@@ -76,8 +76,9 @@ export async function loadMore() {
 }
 
 export const atEnd = new IntersectionObserver(
-  async ([{ isIntersecting }]) => {
-    if (!isIntersecting) return;
+  async (entries) => {
+    // On a busy machine several come at once, the latest last.
+    if (!entries.at(-1).isIntersecting) return;
     atEnd.unobserve($("end"));
     await loadMore().catch(() => {});
     atEnd.observe($("end"));
