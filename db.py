@@ -654,8 +654,11 @@ class Database:
                SELECT :model, :awaited || :model, :until, :step, 0 FROM catalogue
                WHERE is_reading OR tried_at IS NULL OR abs(:now - tried_at) > 60""",
             {
-                **{"model": model, "awaited": CATALOGUE_AWAITED, "until": now + seconds},
-                **{"step": step, "now": now},
+                "model": model,
+                "awaited": CATALOGUE_AWAITED,
+                "until": now + seconds,
+                "step": step,
+                "now": now,
             },
         )
 

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from urllib.parse import urlsplit
 
 import models
 from catalogue import CatalogueError, Reader
@@ -65,15 +64,19 @@ class ModelRegistry:
             by_name.setdefault(model.name, model)
         return list(by_name.values())
 
+    def get(self, name: str) -> Model | None:
+        """Return a model that `known` has, by any of its names, or None."""
+        model = self.find(name)
+        if self._config.models:
+            return model if model.name in {self.find(n).name for n in self._config.models} else None
+        is_known = model.source != "setting" or name == self._config.default_model
+        return model if is_known else None
+
     def nearest(self, name: str) -> list[str]:
         """Return the names that there are and that are most like this one."""
         names = {name for model in self.known() for name in (model.name, *model.aliases)}
         by_lower = {name.lower(): name for name in sorted(names)}
         return [by_lower[n] for n in difflib.get_close_matches(name.lower(), by_lower, 3, 0.5)]
-
-    def host(self, model: Model) -> str | None:
-        """Return the host that a model is called at."""
-        return urlsplit(models.address(model, self._config.chutes_api_url)[0]).hostname
 
     def choose_seed(self, name: str) -> int | None:
         """Return a seed for a model, or None where it is not known to take one."""

@@ -1,7 +1,5 @@
 """The routes of models: what may be asked for, and what each one takes."""
 
-from typing import Any
-
 from flask import Blueprint, Response
 
 import models
@@ -19,7 +17,8 @@ bp = Blueprint("models", __name__)
 @operation(answers.Models, id="models")
 def list_models() -> Response:
     """List the models."""
-    shown = [_show(model) for model in service.registry.known()]
+    default = _default_name()
+    shown = [_show(model, default) for model in service.registry.known()]
     return answers.Models(models=shown, catalogue=_catalogue()).response()
 
 
@@ -27,20 +26,22 @@ def list_models() -> Response:
 @operation(answers.Model, errors=(404,), id="model")
 def get_model(name: str) -> Response:
     """Look at a model, by any of its names."""
-    return _show(get_model_or_404(name)).response()
+    return _show(get_model_or_404(name), _default_name()).response()
 
 
-def _show(model: Model) -> answers.Model:
+def _default_name() -> str:
+    return service.registry.find(service.config.default_model).name
+
+
+def _show(model: Model, default: str) -> answers.Model:
     fields = None if model.fields is None else models.rules(model.fields)
-    default = service.registry.find(service.config.default_model).name
-    more: dict[str, Any] = {"prompt": model.prompt.model_dump(exclude_unset=True)}
     return answers.Model(
         name=model.name,
         aliases=model.aliases,
         source=model.source,
         default=model.name == default,
         fields=fields,
-        **more,
+        prompt=model.prompt.model_dump(exclude_unset=True),
         images=model.images.maximum if model.images else 0,
         hot=model.hot,
         usd_per_hour=model.usd_per_hour,

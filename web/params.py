@@ -135,11 +135,8 @@ def get_task_or_404(task_id: str, wait: int = 0) -> Task:
 
 def get_model_or_404(name: str) -> Model:
     """Return a model that may be asked for, or refuse it with 404 and the nearest names."""
-    known = service.registry.known()
-    wanted = service.registry.find(name)
-    for model in known:
-        if model.name == wanted.name:
-            return model
+    if model := service.registry.get(name):
+        return model
     near = " or ".join(service.registry.nearest(name))
     advice = f"did you mean {near}?" if near else "GET /models lists all"
     raise Refusal(404, f"There is no model {name[:100]}; {advice}")
