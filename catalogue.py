@@ -178,20 +178,8 @@ def _get(http: urllib3.PoolManager, url: str, most: int) -> bytes:
             if len(body) > most:
                 raise CatalogueError(f"has more than {MAX_MB} MB")
     except (HTTPError, OSError) as error:
-        raise CatalogueError(f"cannot be reached ({_cause(error)})") from error
+        raise CatalogueError(f"cannot be reached ({urls.cause(error)})") from error
     return bytes(body)
-
-
-def _cause(error: BaseException | None) -> str:
-    """Find the plainest word for a network fault in the chain of its causes."""
-    words = "connection lost"
-    while error is not None:
-        if isinstance(error, TimeoutError):
-            words = "timed out"
-        elif isinstance(error, OSError) and error.strerror:
-            words = error.strerror
-        error = error.__cause__ or error.__context__
-    return words
 
 
 def parse(body: bytes) -> Table:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError, NewConnectionError
 
 import models
+import urls
 from config import Config
 from models import Model
 from records import AttemptError, Remedy, Reply
@@ -330,7 +330,7 @@ class Chutes:
         if token.reason and token.reason != "deadline":
             return Canceled(token.reason)
         if not token.connected:
-            why = "timed out" if token.reason else self._plain(_cause(error))
+            why = "timed out" if token.reason else self._plain(urls.cause(error))
             headline = f"Chutes cannot be reached for {model} ({why})"
             return ChutesError(Remedy.HOLD_MODEL, "unavailable", headline)
         if token.reason:
@@ -339,7 +339,7 @@ class Chutes:
         if reply.status:
             headline = "The image ended early: the connection broke"
             return ChutesError(Remedy.RETRY, "upstream_truncated", headline, reply=reply)
-        why = self._plain(_cause(error))
+        why = self._plain(urls.cause(error))
         headline = f"The connection to Chutes broke before an answer came ({why})"
         return ChutesError(Remedy.RETRY, "upstream_error", headline)
 
@@ -538,17 +538,3 @@ def _timestamp(text: Any) -> float | None:
         return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _cause(error: BaseException | None) -> str:
-    """Find the plainest word for a network fault in the chain of its causes."""
-    words = "connection lost"
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return f"certificate: {error.verify_message}"
-        if isinstance(error, TimeoutError):
-            words = "timed out"
-        elif isinstance(error, OSError) and error.strerror:
-            words = error.strerror
-        error = error.__cause__ or error.__context__
-    return words

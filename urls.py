@@ -1,7 +1,8 @@
-"""Addresses: which are of this machine alone, and which the token may be sent to."""
+"""Addresses: which are of this machine, which the token may go to, and why one is not reached."""
 
 import ipaddress
 import re
+import ssl
 from urllib.parse import urlsplit
 
 # A single label of a host name: anything else could send the token to another host.
@@ -31,3 +32,17 @@ def check_upstream(url: str, variable: str = "") -> str:
     if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise ValueError(f"must be {RULE}")
     return url
+
+
+def cause(error: BaseException | None) -> str:
+    """Find the plainest word for a network fault in the chain of its causes."""
+    words = "connection lost"
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"certificate: {error.verify_message}"
+        if isinstance(error, TimeoutError):
+            words = "timed out"
+        elif isinstance(error, OSError) and error.strerror:
+            words = error.strerror
+        error = error.__cause__ or error.__context__
+    return words
