@@ -1,6 +1,8 @@
 """What the tests share: settings, a database, an upstream, and a way to wait for a fact."""
 
 import logging
+import socket
+import threading
 import time
 
 import pytest
@@ -58,6 +60,20 @@ def wait_until(fact, seconds=20, what="the fact did not come about"):
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
     return found
+
+
+def hang_look_ups(monkeypatch):
+    """Let each look-up of a name wait; return what says that one does, and what lets it go."""
+    looking, answer = threading.Event(), threading.Event()
+    look_up = socket.getaddrinfo
+
+    def stuck(*args, **values):
+        looking.set()
+        answer.wait(30)
+        return look_up(*args, **values)
+
+    monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
+    return looking, answer
 
 
 def submit(client, prompt=PROMPT, **fields):

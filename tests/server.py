@@ -137,6 +137,12 @@ class Server:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def reload(self):
+        """Reload by SIGHUP, and return when all processes are others."""
+        before = set(self.workers())
+        self.send(signal.SIGHUP)
+        wait_until(lambda: not before & set(self.workers()), seconds=40, what=self.log())
+
     def stop(self, number=signal.SIGTERM):
         """Tell the master to stop and return its exit code."""
         self.send(number)

@@ -369,9 +369,7 @@ def test_hup_loses_no_request_of_kept_connections(start):
         for thread in threads:
             thread.start()
         for _ in range(3):
-            before = set(server.workers())
-            server.send(signal.SIGHUP)
-            wait_until(lambda: not before & set(server.workers()), seconds=40)  # noqa: B023
+            server.reload()
         done.set()
         for thread in threads:
             thread.join()

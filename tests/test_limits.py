@@ -1,11 +1,9 @@
 """What a request may cost: the limits of the queue, the day and the models."""
 
-import socket
-import threading
 from datetime import UTC, datetime
 
 import pytest
-from conftest import finished, submit, wait_until
+from conftest import finished, hang_look_ups, submit, wait_until
 from queues import ever
 from server import Server
 from upstream import closed_port, refusal
@@ -136,15 +134,7 @@ def test_calls_under_way_count_so_that_no_more_than_the_limit_are_made(make, ups
 def test_a_call_that_is_canceled_before_its_connection_is_made_gives_its_place_back(
     make, upstream, monkeypatch
 ):
-    looking, answer = threading.Event(), threading.Event()
-    look_up = socket.getaddrinfo
-
-    def stuck(*args, **values):
-        looking.set()
-        answer.wait(30)
-        return look_up(*args, **values)
-
-    monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
+    looking, answer = hang_look_ups(monkeypatch)
     q = make(MAX_PER_DAY=1, CONCURRENCY=1).start()
     first, second = q.add(), q.add()
     looking.wait(10)

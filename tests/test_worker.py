@@ -3,14 +3,13 @@
 import errno
 import itertools
 import os
-import socket
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import rows
-from conftest import Clock, wait_until
+from conftest import Clock, hang_look_ups, wait_until
 from queues import ever
 from upstream import Answer, closed_port, image_bytes, raw_server, refusal
 
@@ -646,16 +645,8 @@ def test_a_call_cut_when_the_grace_is_over_goes_back_uncounted(make, upstream, i
 
 
 def test_a_call_that_cannot_be_cut_does_not_count_either(make, upstream, monkeypatch):
-    looking, answer = threading.Event(), threading.Event()
-    look_up = socket.getaddrinfo
-
-    def stuck(*args, **values):
-        looking.set()
-        answer.wait(30)
-        return look_up(*args, **values)
-
     q = make(INTERRUPTED="fail", MAX_ATTEMPTS=1)
-    monkeypatch.setattr("chutes.socket.getaddrinfo", stuck)
+    looking, answer = hang_look_ups(monkeypatch)
     monkeypatch.setattr(queue, "CANCEL_SECONDS", 0.1)
     q.start()
     task_id = q.add()
