@@ -190,6 +190,10 @@ def of_setting(name: str, url: str) -> Model:
     return Model.model_construct(name=name, url=url, model=name, source="setting")
 
 
+# A model of which nothing is known, not even its name.
+ANY_MODEL = of_setting("", ROUTER)
+
+
 def address(model: Model, router: str) -> tuple[str, str | None]:
     """Return where a model is called, and what `model` in its body says, if anything.
 

@@ -42,7 +42,6 @@ _UUID = {"type": "string", "format": "uuid"}
 _NAME = {"type": "string", "pattern": f"^{known_models.NAME}$"}
 _MODEL = path_parameter("any name of the model", _NAME, "qwen-image")
 _TASK_ID = path_parameter("the task's id", _UUID, _ID)
-_ANY_MODEL = known_models.of_setting("any", known_models.ROUTER)
 _IDEMPOTENCY_KEY = _parameter(
     "Idempotency-Key",
     "header",
@@ -148,7 +147,7 @@ def document(app: Flask, config: Config) -> _Json:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             paths.setdefault(path, {})[method.lower()] = _describe(path, tag, view, config)
         if view.operation.body:
-            models[body_of(view.operation.body, _ANY_MODEL), "validation"] = None
+            models[body_of(view.operation.body, known_models.ANY_MODEL), "validation"] = None
         for model in (view.operation.answer, _error_model(path)):
             if isinstance(model, type):
                 models[model, "serialization"] = None

@@ -203,8 +203,9 @@ def parse(
         raise Invalid("Prompt is required", "prompt")
     name = kind.model_asked_for(fields, config)
     is_name = isinstance(name, str) and re.fullmatch(models.NAME, name)
-    model = find(name) if is_name else models.of_setting("", config.chutes_api_url)
-    kind = body_of(kind, model)
+    model = find(name) if is_name else models.ANY_MODEL
+    # Those of which nothing is known share a kind: anyone may make up names.
+    kind = body_of(kind, models.ANY_MODEL if model.source == "setting" else model)
     fields = {**kind.translated(fields, model), "model": name}
     # Null means the default; an unknown field is refused even so.
     given = {n: v for n, v in fields.items() if v is not None or n not in kind.model_fields}

@@ -57,6 +57,13 @@ def test_a_model_of_which_nothing_is_known_is_sent_nothing_that_nobody_asked_for
     assert new_task({"prompt": "a fox", "model": "new"}).params == {}
 
 
+def test_names_that_are_made_up_cost_no_memory():
+    before = schemas.body_of.cache_info().currsize
+    for n in range(20):
+        assert new_task({"prompt": "a fox", "model": f"made-up-{n}"}).model == f"made-up-{n}"
+    assert schemas.body_of.cache_info().currsize <= before + 1
+
+
 def test_null_means_the_default():
     names = ["model", "guidance_scale", "width", "height", "num_inference_steps"]
     names += ["negative_prompt", "true_cfg_scale", "priority"]
