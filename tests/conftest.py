@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from upstream import Upstream, serving
+from upstream import Upstream, local_models, serving
 
 import config as settings
 import logs
@@ -171,12 +171,14 @@ class App:
 
 
 @pytest.fixture
-def serve(configure, upstream):
-    """Return a maker of applications."""
-    made = []
+def serve(configure, upstream, tmp_path):
+    """Return a maker of applications; no model of theirs leads to Chutes."""
+    made, models = [], tmp_path / "local-models.toml"
 
     def make(**values):
-        made.append(App(configure, **{"CHUTES_API_URL": upstream.url, **values}))
+        models.write_text(local_models(upstream.url))
+        usual = {"CHUTES_API_URL": upstream.url, "MODELS_FILE": models}
+        made.append(App(configure, **usual | values))
         return made[-1]
 
     yield make

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import rows
 from conftest import PROMPT, TOKEN, check_lines, wait_until
-from upstream import closed_port
+from upstream import closed_port, local_models
 
 import images
 
@@ -38,6 +38,8 @@ class Server:
 
     def __init__(self, folder, url, command=("-m", "gunicorn"), **values):
         self.folder = checkout(folder)
+        if url:
+            (folder / "models.toml").write_text(local_models(url))
         self.port = closed_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from server import checkout
 from simulator import Simulator
-from upstream import closed_port, serving
+from upstream import closed_port, local_models, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "docs/api.md", "docs/troubleshooting.md")
@@ -86,6 +86,7 @@ def test_every_shell_line_does_what_it_says(folder):
     for n, (line, _) in enumerate(lines):
         script.append(f"exec >answer-{n}\n{line.replace('localhost:3000', f'localhost:{port}')}\n")
     with serving(Simulator(latency=0.2)) as chutes:
+        (folder / "models.toml").write_text(local_models(chutes.url))
         environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "PORT": str(port)}
         environ["CHUTES_API_URL"] = chutes.url
         ended = subprocess.run(

@@ -3,10 +3,12 @@
 import io
 import json
 import random
+import re
 import socket
 import threading
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from PIL import Image
 from simulator import Simulator
@@ -185,6 +187,13 @@ def until_gone(connection, send=b"", every=0.05):
         with suppress(TimeoutError):
             if connection.recv(1) == b"":
                 return
+
+
+def local_models(url):
+    """Return the models of `models.toml`, each host of theirs behind the upstream's address."""
+    text = Path(__file__).parent.parent.joinpath("models.toml").read_text()
+    base = url.removesuffix("/generate")
+    return re.sub(r'"https://(?!image\.)([a-z0-9-]+)\.chutes\.ai/', rf'"{base}/\1/', text)
 
 
 def closed_port():
