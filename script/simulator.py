@@ -1,10 +1,13 @@
 """Simulate Chutes on this machine: its catalogue, its checks, and an image drawn on the spot.
 
+An image that is to be edited comes back in other colours, with the prompt's words on it.
+
 A program of its own, which shares no code with the server and uses no network. What it does
 is read from the public sources of Chutes' gateway.
 """
 
 import argparse
+import base64
 import contextlib
 import io
 import itertools
@@ -21,7 +24,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-TYPES = {"string": str, "integer": int, "number": int | float, "null": type(None)}
+TYPES = {
+    "string": str,
+    "integer": int,
+    "number": int | float,
+    "null": type(None),
+    "array": list,
+}
 
 
 class Chute(NamedTuple):
@@ -81,11 +90,22 @@ HIDREAM = {
     "num_inference_steps": number(5, 75, "integer"),
     "seed": SEED,
 }
+EDIT = {
+    "prompt": TEXT,
+    "image_b64s": {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 3},
+    "width": number(128, 2048, "integer"),
+    "height": number(128, 2048, "integer"),
+    "true_cfg_scale": number(0, 10),
+    "num_inference_steps": number(1, 100, "integer"),
+    "negative_prompt": TEXT,
+    "seed": SEED,
+}
 CHUTES = [
     Chute("qwen-image", "chutes-qwen-image", ROUTED, "JPEG", is_routed=True),
     Chute("z-image-turbo", "vonkaiser-z-image-turbo", TURBO, "PNG"),
     Chute("hunyuan-image-3", "chutes-hunyuan-image-3", HUNYUAN, "WEBP"),
     Chute("hidream", "chutes-hidream", HIDREAM, "JPEG"),
+    Chute("qwen-image-edit-2511", "vonkaiser-qwen-image-edit-2511", EDIT, "JPEG"),
 ]
 CALLS_A_DAY = 300
 CHUNK_BYTES = 16384
@@ -156,12 +176,13 @@ class Simulator(ThreadingHTTPServer):
         """Return status, headers and body: an image after the latency, or a refusal at once."""
         try:
             fields, kind = check(call)
+            time.sleep(self._latency)
+            image = draw(fields, kind)
         except Refusal as refusal:
             status, detail = refusal.args
             body = json.dumps({"detail": detail}).encode()
             return status, {"Content-Type": "application/json"}, body
-        time.sleep(self._latency)
-        return 200, {"Content-Type": f"image/{kind.lower()}", **self._count()}, draw(fields, kind)
+        return 200, {"Content-Type": f"image/{kind.lower()}", **self._count()}, image
 
     def _count(self) -> dict[str, str]:
         """Count a call, and return the headers that tell of it."""
@@ -191,7 +212,8 @@ def check(call: Call) -> tuple[dict[str, Any], str]:
         raise Refusal(404, missing)
     if path != "generate":
         raise Refusal(404, "No matching cord found!")
-    if "prompt" not in fields or not accepts(chute.fields, fields):
+    needed = {"prompt", "image_b64s"} & chute.fields.keys()
+    if not needed <= fields.keys() or not accepts(chute.fields, fields):
         own = 'Invalid request: Invalid request: {"detail":"Invalid input parameters"}'
         raise Refusal(400, "bad request, naughty naughty" if chute.is_routed else own)
     return fields, chute.kind
@@ -220,6 +242,9 @@ def fits(value: Any, rule: dict[str, Any]) -> bool:
         is_long = rule.get("minLength", 0) <= len(value) <= rule.get("maxLength", math.inf)
         matches = re.fullmatch(rule.get("pattern", "(?s).*"), value)
         return bool(is_long and matches and value in rule.get("enum", [value]))
+    if isinstance(value, list):
+        is_long = rule["minItems"] <= len(value) <= rule["maxItems"]
+        return is_long and all(fits(each, rule["items"]) for each in value)
     return "minimum" not in rule or rule["minimum"] <= value <= rule["maximum"]
 
 
@@ -254,7 +279,8 @@ def catalogue(query: dict[str, list[str]]) -> dict[str, Any]:
 
 def cord(chute: Chute) -> dict[str, Any]:
     """Return what is published of how a chute is called, with the lies that were seen."""
-    schema: dict[str, Any] = {"properties": chute.fields, "required": ["prompt"]}
+    required = [name for name in ("prompt", "image_b64s") if name in chute.fields]
+    schema: dict[str, Any] = {"properties": chute.fields, "required": required}
     if chute.is_routed:
         schema = {"properties": {"prompt": TEXT}}
     elif chute.fields is TURBO:
@@ -270,26 +296,49 @@ def cord(chute: Chute) -> dict[str, Any]:
 
 
 def draw(fields: dict[str, Any], kind: str) -> bytes:
-    """Draw the prompt's words on a sky whose colours come from the prompt and the seed."""
+    """Write the prompt's words on the given image in other colours, or on a sky of their own."""
+    chance = random.Random(f"{fields['prompt']} {fields.get('seed')}")
+    image = edited(fields, chance) if "image_b64s" in fields else sky(fields, chance)
+    width, height = image.size
+    letter = max(12, min(image.size) // 16)
+    words = textwrap.fill(fields["prompt"][:300], max(1, width * 2 // letter - 4))
+    font = ImageFont.load_default(letter)
+    style: dict[str, Any] = {
+        "align": "center",
+        "stroke_fill": "black",
+        "stroke_width": letter // 12,
+    }
+    ImageDraw.Draw(image).text((width / 2, height / 2), words, "white", font, "mm", **style)
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def edited(fields: dict[str, Any], chance: random.Random) -> Image.Image:
+    """Return the first of the given images as a duotone, in the size that was asked for."""
+    try:
+        data = base64.b64decode(fields["image_b64s"][0], validate=True)
+        image = Image.open(io.BytesIO(data)).convert("L")
+    except (ValueError, OSError):
+        raise Refusal(500, "exhausted all available targets to no avail") from None
+    size = fields.get("width", image.width), fields.get("height", image.height)
+    dark, light = (f"hsl({chance.randrange(360)}, 90%, {lightness}%)" for lightness in (25, 75))
+    return ImageOps.colorize(ImageOps.fit(image, size), dark, light)
+
+
+def sky(fields: dict[str, Any], chance: random.Random) -> Image.Image:
+    """Draw a sky with discs, whose colours come from the prompt and the seed."""
     told = re.findall(r"\d{3,4}", fields.get("resolution", fields.get("size", "")))
     width, height = size = fields.get("width", 1024), fields.get("height", 1024)
     if told:
         width, height = size = int(told[0]), int(told[1])
-    chance = random.Random(f"{fields['prompt']} {fields.get('seed')}")
     top, bottom, *discs = (f"#{chance.randrange(2**24):06x}" for _ in range(14))
     image = ImageOps.colorize(Image.linear_gradient("L").resize(size), top, bottom)
     pen = ImageDraw.Draw(image)
     for colour in discs:
         centre = (chance.randrange(width), chance.randrange(height))
         pen.circle(centre, chance.randrange(9, 90), colour)
-    letter = max(12, min(size) // 16)
-    words = textwrap.fill(fields["prompt"][:300], width * 2 // letter - 4)
-    font = ImageFont.load_default(letter)
-    outline = {"stroke_width": letter // 12, "stroke_fill": "black"}
-    pen.text((width / 2, height / 2), words, "white", font, "mm", align="center", **outline)
-    out = io.BytesIO()
-    image.save(out, kind)
-    return out.getvalue()
+    return image
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The simulated Chutes answers as the real one does."""
 
+import base64
 import io
 import json
 import re
@@ -11,16 +12,20 @@ import pytest
 import requests
 import simulator
 from PIL import Image
-from upstream import serving
+from upstream import image_bytes, serving
 
 import models
 from catalogue import Reader
 
 GOOD = {"model": "qwen-image", "prompt": "a fox", "width": 256, "height": 192}
-TURBO, HUNYUAN, HIDREAM = (
+TURBO, HUNYUAN, HIDREAM, EDIT = (
     f"/{slug}/generate"
-    for slug in ("vonkaiser-z-image-turbo", "chutes-hunyuan-image-3", "chutes-hidream")
+    for slug in (
+        *("vonkaiser-z-image-turbo", "chutes-hunyuan-image-3", "chutes-hidream"),
+        "vonkaiser-qwen-image-edit-2511",
+    )
 )
+GIVEN = base64.b64encode(image_bytes("PNG", (320, 200), "teal")).decode()
 TOKEN = {"Authorization": "Bearer cpk_simulated"}
 NAUGHTY = (400, "bad request, naughty naughty")
 OWN_CHECK = (400, 'Invalid request: Invalid request: {"detail":"Invalid input parameters"}')
@@ -72,6 +77,29 @@ def test_each_model_draws_in_its_format_and_the_size_asked_for(ask, path, fields
     image = Image.open(io.BytesIO(answer.content))
     image.load()
     assert (image.format, image.size) == (kind, (640, 768))
+
+
+def test_an_edit_is_the_given_image_changed(ask):
+    answer = ask(EDIT, image_b64s=[GIVEN])
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/jpeg")
+    image = Image.open(io.BytesIO(answer.content))
+    assert image.size == (320, 200)
+    assert image.getpixel((5, 5)) != (0, 128, 128)
+    other = Image.open(io.BytesIO(ask(EDIT, image_b64s=[GIVEN], width=256, height=512).content))
+    assert other.size == (256, 512)
+
+
+@pytest.mark.parametrize("given", ["", "data:image/png;base64," + GIVEN, "eA=="])
+def test_an_image_that_is_none_exhausts_all_targets(ask, given):
+    expected = (500, "exhausted all available targets to no avail")
+    assert refusal(ask(EDIT, image_b64s=[given])) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [{}, *({"image_b64s": each} for each in ([], GIVEN, [GIVEN] * 4))]
+)
+def test_an_edit_needs_one_to_three_images(ask, given):
+    assert refusal(ask(EDIT, **given)) == OWN_CHECK
 
 
 def test_a_resolution_and_a_ratio_are_sizes_too(ask):
@@ -173,17 +201,17 @@ def listed(server, **query):
 
 def test_the_catalogue_has_pages(server):
     whole = listed(server)
-    assert (whole["page"], whole["limit"], whole["total"]) == (0, 25, 4)
+    assert (whole["page"], whole["limit"], whole["total"]) == (0, 25, 5)
     second = listed(server, limit=3, page=1)
-    assert (second["page"], second["limit"], second["total"]) == (1, 3, 4)
+    assert (second["page"], second["limit"], second["total"]) == (1, 3, 5)
     assert second["items"] == whole["items"][3:]
-    assert second["cord_refs"].keys() == {second["items"][0]["cord_ref_id"]}
+    assert second["cord_refs"].keys() == {chute["cord_ref_id"] for chute in second["items"]}
     assert second["items"][0]["cords"] is None
     names = {
         template: [chute["name"] for chute in listed(server, template=template)["items"]]
         for template in ("diffusion", "other")
     }
-    others = ["z-image-turbo", "hunyuan-image-3", "hidream"]
+    others = ["z-image-turbo", "hunyuan-image-3", "hidream", "qwen-image-edit-2511"]
     assert names == {"diffusion": ["qwen-image"], "other": others}
     assert requests.get(server.url, timeout=30).status_code == 404
 
@@ -192,7 +220,7 @@ def test_the_catalogue_is_read_with_its_lies(server, ask):
     reader = Reader()
     found = {m.name: m for m in reader.read(server.catalogue_url, server.chute_url)}
     reader.close()
-    assert list(found) == ["qwen-image", "z-image-turbo", "hunyuan-image-3", "hidream"]
+    assert list(found) == [chute.name for chute in simulator.CHUTES]
     assert found["qwen-image"].fields is None
     turbo, hidream = found["z-image-turbo"], found["hidream"]
     assert (turbo.prompt.minLength, turbo.prompt.maxLength) == (3, 1200)
@@ -204,19 +232,22 @@ def test_the_catalogue_is_read_with_its_lies(server, ask):
     assert hidream.fields["resolution"].enum == simulator.RESOLUTIONS
     assert (hidream.hot, hidream.usd_per_hour) == (False, 1.5)
     for model in found.values():
-        assert ask(model.url.removeprefix(server.chute_url[:-7])).status_code == 200
+        given = {model.images.field: [GIVEN]} if model.images else {}
+        assert ask(model.url.removeprefix(server.chute_url[:-7]), **given).status_code == 200
 
 
 def test_each_model_of_the_demos_file_is_simulated(server, ask, tmp_path):
     demo = Path(simulator.__file__).with_name("demo").read_text()
-    lines = re.search(r"^awk .*?>\$MODELS_FILE$", demo, re.M | re.S)[0]
+    lines = re.search(r"^simulated=.*?>\$MODELS_FILE$", demo, re.M | re.S)[0]
     command = f"chutes={server.chute_url[:-7]} MODELS_FILE={tmp_path}/models.toml\n{lines}"
     subprocess.run(["sh", "-c", command], check=True, cwd=Path(models.__file__).parent)
     known = models.load(tmp_path / "models.toml")
-    assert list(known) == ["qwen-image", "z-image-turbo", "hunyuan-image-3"]
+    told = ["qwen-image", "z-image-turbo", "qwen-image-edit-2511", "hunyuan-image-3"]
+    assert list(known) == told
     for model in known.values():
         address, name = models.address(model, server.url)
         fields = model.send | ({"model": name} if name else {})
+        fields |= {model.images.field: [GIVEN]} if model.images else {}
         assert ask(address.removeprefix(server.url[:-9]), **fields).status_code == 200
 
 
