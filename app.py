@@ -19,6 +19,7 @@ from chutes import Chutes
 from config import Config
 from db import Database, DatabaseError
 from images import Decoder
+from inputs import InputFolder
 from registry import ModelRegistry
 from web import access, errors, health, images, models, openai, openapi, page, tasks
 from web.params import MAX_BODY
@@ -60,7 +61,9 @@ def create_app(config: Config) -> Flask:
     decoder = Decoder()
     registry = ModelRegistry(config, database)
     worker = Worker(config, database, Chutes(config), decoder, registry)
-    app.extensions["service"] = Service(config, database, worker, decoder, signer, registry)
+    app.extensions["service"] = Service(
+        *(config, database, worker, decoder, signer, registry), InputFolder(config.input_dir)
+    )
     if config.trusted_proxies:
         count = config.trusted_proxies
         proxied = ProxyFix(app.wsgi_app, x_for=count, x_proto=count, x_host=count)

@@ -1,5 +1,6 @@
 """The upstream: one request in, one file on disk out, or a ChutesError that says what to do."""
 
+import base64
 import functools
 import json
 import os
@@ -7,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -35,6 +36,9 @@ ERROR_BODY_SECONDS = 10.0
 _LATE_SECONDS = 5.0
 _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
+# Base64 makes four characters of three bytes, so that each piece but the last is whole.
+_BASE64_CHUNK = 48 * 1024
+_BETWEEN = b'", "'
 _DETAIL_LENGTH = 300
 # A refusal may be JSON in a sentence in JSON, and so on.
 _MAX_WRAPPINGS = 8
@@ -196,20 +200,22 @@ class Chutes:
         path: Path,
         token: CancelToken,
         sink: Callable[[bytes], object],
+        inputs: Sequence[BinaryIO] = (),
     ) -> Reply:
         """Make one image and write the bytes to path, on disk (fsync) when this returns.
 
-        Takes at most TASK_TIMEOUT seconds from starting to connect to the last byte.
-        Whether the bytes are an image is for `sink` to look at, which is called with
-        each piece of them as it comes. Raises ChutesError, Canceled where the token was
-        canceled by someone else, or OSError where the file cannot be written: before the
-        call where it cannot be opened, else when `sink` has had all of the bytes. The file
-        may then hold a part.
+        `inputs` are the images that it is made of. Takes at most TASK_TIMEOUT seconds from
+        starting to connect to the last byte. Whether the bytes are an image is for `sink` to
+        look at, which is called with each piece of them as it comes. Raises ChutesError,
+        Canceled where the token was canceled by someone else, or OSError where the file cannot
+        be written: before the call where it cannot be opened, else when `sink` has had all of
+        the bytes. The file may then hold a part.
         """
         try:
             with path.open("wb") as file:
                 url, name = models.address(model, self._config.chutes_api_url)
-                body = {**({"model": name} if name else {}), "prompt": prompt, **params}
+                head = {**({"model": name} if name else {}), "prompt": prompt}
+                body = _body(model, head, params, inputs)
                 return self._call(url, model.name, body, file, token, sink)
         finally:
             self._watchdog.forget(token)
@@ -223,7 +229,7 @@ class Chutes:
         self,
         url: str,
         model: str,
-        body: dict[str, Any],
+        body: "bytes | _Body",
         file: BinaryIO,
         token: CancelToken,
         sink: Callable[[bytes], object],
@@ -260,12 +266,15 @@ class Chutes:
         finally:
             session.close()
 
-    def _post(self, session: requests.Session, url: str, body: dict[str, Any]) -> requests.Response:
+    def _post(
+        self, session: requests.Session, url: str, body: "bytes | _Body"
+    ) -> requests.Response:
         timeout = self._config.task_timeout
         return session.post(
             url,
-            json=body,
+            data=body,
             headers={
+                "Content-Type": "application/json",
                 "Authorization": f"Bearer {self._config.chutes_api_token}",
                 "Accept": "image/*",
                 "Accept-Encoding": "identity",
@@ -421,6 +430,45 @@ class Chutes:
         text = text.encode("utf-8", "replace").decode()
         text = " ".join(re.sub(r"[^\w\s!-~]", " ", text).split())
         return text if len(text) <= _DETAIL_LENGTH else text[:_DETAIL_LENGTH] + " ..."
+
+
+class _Body:
+    """JSON with images in it, made base64 as they are read, in pieces, but of known length."""
+
+    def __init__(self, before: str, files: Sequence[BinaryIO], after: str):
+        self._before, self._after = before.encode(), after.encode()
+        self._files = files
+        size = sum((file.seek(0, os.SEEK_END) + 2) // 3 * 4 for file in files)
+        self._length = len(self._before) + size + len(_BETWEEN) * (len(files) - 1)
+        self._length += len(self._after)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._before
+        for number, file in enumerate(self._files):
+            if number:
+                yield _BETWEEN
+            file.seek(0)
+            while data := file.read(_BASE64_CHUNK):
+                yield base64.b64encode(data)
+        yield self._after
+
+
+def _body(
+    model: Model, head: dict[str, Any], params: dict[str, Any], inputs: Sequence[BinaryIO]
+) -> bytes | _Body:
+    """Return the body of a call; its keys keep their order, since the same bytes may cost less."""
+    if not inputs:
+        return json.dumps({**head, **params}).encode()
+    if model.images is None:
+        headline = f"{model.name} takes no input images any more"
+        raise ChutesError(Remedy.FAIL, "upstream_rejected", headline, advice="Name another model")
+    opening, closing = ('["', '"]') if model.images.maximum > 1 else ('"', '"')
+    before = f'{json.dumps(head)[:-1]}, "{model.images.field}": {opening}'
+    after = f", {json.dumps(params)[1:]}" if params else "}"
+    return _Body(before, inputs, closing + after)
 
 
 class _Connection(HTTPConnection):

@@ -148,6 +148,7 @@ class Config(BaseModel, frozen=True, alias_generator=str.upper):
     chutes_api_token: Annotated[str, *_TOKEN]
     chutes_api_url: Annotated[str, *_URL] = "https://image.chutes.ai/generate"
     default_model: Annotated[str, *_rule("the name of a model")] = "qwen-image"
+    default_edit_model: Annotated[str, *_rule("the name of a model")] = "qwen-image-edit-2511"
     host: Annotated[str, *_HOST] = "127.0.0.1"
     port: Annotated[int, *_integer(1, 65535)] = 3000
     workers: Annotated[int, *_integer(1, 32)] = Field(
@@ -156,6 +157,7 @@ class Config(BaseModel, frozen=True, alias_generator=str.upper):
     threads: Annotated[int, *_integer(2, 256)] = 16
     database_path: _Path = Path("tasks.sqlite3")
     output_dir: _Path = Path("outputs")
+    input_dir: _Path = Path("inputs")
     concurrency: Annotated[int, *_integer(1, 64)] = 4
     rate_limit: Annotated[RateLimit | None, *_RATE] = None
     task_timeout: Annotated[float, *_seconds(1, 1_000_000)] = 600.0
@@ -165,6 +167,7 @@ class Config(BaseModel, frozen=True, alias_generator=str.upper):
     interrupted: Annotated[Literal["retry", "fail"], *_rule("retry or fail")] = "retry"
     shutdown_grace: Annotated[float, *_seconds(0, 3600)] = 25.0
     max_image_mb: Annotated[int, *_integer(1, 1_000_000)] = 50
+    max_upload_mb: Annotated[int, *_integer(1, 200)] = 20
     log_format: Annotated[Literal["text", "json"], *_rule("text or json")] = "text"
     allow_anonymous: Annotated[bool, *_rule("0 or 1", "[01]")] = False
     api_keys: Annotated[tuple[_Key, ...], *_KEYS] = ()
@@ -271,7 +274,7 @@ def in_force() -> Config:
 def from_values(values: Mapping[str, str], root: Path = ROOT) -> Config:
     """Check the values, fill in the defaults and return the Config, or raise ConfigError.
 
-    Makes OUTPUT_DIR where there is none; relative paths are below `root`.
+    Makes OUTPUT_DIR and INPUT_DIR where there are none; relative paths are below `root`.
     """
     try:
         config = Config.model_validate(values, context=root)
@@ -309,7 +312,9 @@ def _read_models(config: Config) -> None:
 
 
 def _check_models(config: Config) -> None:
-    for name, values in (("DEFAULT_MODEL", [config.default_model]), ("MODELS", config.models)):
+    defaults = ("DEFAULT_MODEL", "DEFAULT_EDIT_MODEL")
+    names = {name: [getattr(config, name.lower())] for name in defaults}
+    for name, values in {**names, "MODELS": config.models}.items():
         for model in values:
             if rule := model_name_error(model, config):
                 raise _rule_error(name, model, rule)
@@ -320,16 +325,17 @@ def _check_models(config: Config) -> None:
 
 
 def _check_paths(config: Config) -> None:
-    database, outputs = config.database_path, config.output_dir
+    database = config.database_path
     if not os.access(database.parent, os.W_OK | os.X_OK) or database.is_dir():
         rule = "a file, in a folder that exists and is writable"
         raise _rule_error("DATABASE_PATH", database, rule)
-    try:
-        outputs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _rule_error("OUTPUT_DIR", outputs, f"a folder ({error.strerror})") from error
-    if not os.access(outputs, os.W_OK | os.X_OK):
-        raise _rule_error("OUTPUT_DIR", outputs, "a writable folder")
+    for name, folder in (("OUTPUT_DIR", config.output_dir), ("INPUT_DIR", config.input_dir)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _rule_error(name, folder, f"a folder ({error.strerror})") from error
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise _rule_error(name, folder, "a writable folder")
 
 
 def model_name_error(name: str, config: Config, model: Model | None = None) -> str | None:

@@ -27,6 +27,7 @@ from records import (
     Ending,
     Hold,
     IdempotencyKey,
+    Image,
     KeyReused,
     LowOnDisk,
     NewHold,
@@ -74,8 +75,12 @@ class DatabaseError(Exception):
 
 _NO_FACTS = dict.fromkeys(("content_type", "bytes", "width", "height", "sha256"))
 _FIELDS = [field.name for field in fields(Task)]
-_COLUMNS = ", ".join(_FIELDS)
 _PARAMS = _FIELDS.index("params")
+_IMAGE = ", ".join(field.name for field in fields(Image))
+# The inputs of a task come with it, in one column.
+_INPUTS = f"""(SELECT json_group_array(json_array({_IMAGE}))
+               FROM (SELECT * FROM inputs WHERE task = tasks.id ORDER BY position)) AS inputs"""
+_COLUMNS = ", ".join([*_FIELDS[:-1], _INPUTS])
 
 # The models with a task that is ready, each found by one step in the index: a held
 # model with 100,000 waiting tasks costs one look, not 100,000. Left to itself, SQLite
@@ -173,12 +178,14 @@ class Database:
         max_pending: int | None = None,
         key: IdempotencyKey | None = None,
         low_on_disk: bool = False,
+        publish: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Store pending tasks, all or none; when this returns, they outlive a loss of power.
 
         Returns their ids, or those of the tasks that the same key has added in the last
         day, with nothing stored. Raises KeyReused, and where something would be stored,
-        LowOnDisk and QueueFull.
+        LowOnDisk and QueueFull. `publish` gives the files of the inputs their names, on disk:
+        it is called before the rows are stored, while nobody else writes or removes one.
         """
         ids = [task.id for task in tasks]
         with self._write() as connection:
@@ -187,6 +194,8 @@ class Database:
             if low_on_disk:
                 raise LowOnDisk
             _check_pending_limit(connection, max_pending, len(tasks))
+            if any(task.inputs for task in tasks):
+                publish()
             _insert(connection, tasks, stamp(now))
             if key:
                 # An expired one may still be there: they are removed some at a time.
@@ -490,7 +499,7 @@ class Database:
 
         Its calls go too, but for those started at `limits_since` or later, which still
         count for the limits: `purge_calls` deletes them in time. Call `files_deleted` when the
-        files have gone: a death in between leaves the note.
+        files have gone, and `remove_inputs` for its inputs: a death in between leaves the note.
         """
         with self._write() as connection:
             return _delete(connection, id, limits_since)
@@ -540,6 +549,26 @@ class Database:
     def files_deleted(self, id: str) -> None:
         """Note that the files of a deleted task have gone."""
         self._run("DELETE FROM removals WHERE id = ?", (id,))
+
+    def unused_inputs(self, limit: int = 1000) -> list[str]:
+        """Return some names of files of deleted tasks' inputs, each time others."""
+        sql = "SELECT name FROM unused_inputs ORDER BY random() LIMIT ?"
+        return self._column(sql, (limit,))
+
+    def remove_inputs(self, names: Iterable[str], remove: Callable[[str], None]) -> None:
+        """Have those files removed that are the input of no task, while nobody adds one.
+
+        Where `remove` raises OSError, the files after it stay, to be removed another time.
+        """
+        # A deletion that shares this COMMIT may still be undone: what is committed counts, too.
+        with self._write() as connection, self._read() as committed:
+            for name in names:
+                sha256 = (name.partition(".")[0],)
+                is_used = connection.count(_USES, sha256)
+                if is_used or not committed.count(_USES, sha256):
+                    if not is_used:
+                        remove(name)
+                    connection.execute("DELETE FROM unused_inputs WHERE name = ?", (name,))
 
     def file_paths(self, name: str) -> list[str]:
         """Return each `file_path` of the Node server's tasks whose last part is this name."""
@@ -1014,6 +1043,9 @@ def _check_origin(path: Path, columns: Iterable[tuple[str]]) -> None:
         raise DatabaseError(f"{path} was made by another program: {advice}")
 
 
+_USES = "SELECT EXISTS (SELECT 1 FROM inputs WHERE sha256 = ?)"
+
+
 def _insert(connection: _Connection, tasks: Sequence[NewTask], created: str) -> None:
     connection.executemany(
         """INSERT INTO tasks (id, prompt, model, params, priority, seed_chosen, status,
@@ -1025,6 +1057,15 @@ def _insert(connection: _Connection, tasks: Sequence[NewTask], created: str) -> 
                 *(task.seed_chosen, created, created),
             )
             for task in tasks
+        ],
+    )
+    connection.executemany(
+        f"""INSERT INTO inputs (task, position, {_IMAGE})
+            VALUES (:task, :position, {", ".join(f":{f.name}" for f in fields(Image))})""",
+        [
+            {"task": task.id, "position": position, **vars(image)}
+            for task in tasks
+            for position, image in enumerate(task.inputs)
         ],
     )
 
@@ -1114,6 +1155,11 @@ def _retry(
     if not cursor.rowcount:
         return False
     connection.execute("UPDATE tasks SET retried_as = :new_id WHERE id = :id", values)
+    connection.execute(
+        f"""INSERT INTO inputs (task, position, {_IMAGE})
+            SELECT :new_id, position, {_IMAGE} FROM inputs WHERE task = :id""",
+        values,
+    )
     return True
 
 
@@ -1222,6 +1268,12 @@ def _delete(connection: _Connection, task_id: str, limits_since: float) -> bool:
         return False
     connection.execute("DELETE FROM calls WHERE task = ? AND started < ?", (task_id, limits_since))
     connection.execute("INSERT OR IGNORE INTO removals (id, file_path) VALUES (?, ?)", deleted[0])
+    connection.execute(
+        """INSERT OR IGNORE INTO unused_inputs
+           SELECT sha256 || '.' || extension FROM inputs WHERE task = ?""",
+        (task_id,),
+    )
+    connection.execute("DELETE FROM inputs WHERE task = ?", (task_id,))
     return True
 
 
@@ -1293,7 +1345,8 @@ def _count(connection: _Connection, status: str) -> int:
 
 def _task(row: tuple[Any, ...]) -> Task:
     task = Task(*row)
-    return replace(task, params=json.loads(row[_PARAMS]))
+    inputs = tuple(Image(*facts) for facts in json.loads(row[-1]))
+    return replace(task, params=json.loads(row[_PARAMS]), inputs=inputs)
 
 
 def stamp(now: float) -> str:

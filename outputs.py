@@ -40,10 +40,10 @@ class StorageError(AttemptError):
 
 
 class Folder:
-    """The folder of images, on the volume where it was when this was made."""
+    """A folder of images, on the volume where it was when this was made."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         real = path.resolve()
         self._volume = next(folder for folder in (real, *real.parents) if folder.is_mount())
 
@@ -52,12 +52,16 @@ class Folder:
 
         Raises OSError, also where it is no folder.
         """
-        if not self._volume.is_mount():
-            raise OSError(errno.ENODEV, f"{self._volume} is not mounted")
+        self.check_mounted()
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+
+    def check_mounted(self) -> None:
+        """Raise OSError where the volume of the folder is gone."""
+        if not self._volume.is_mount():
+            raise OSError(errno.ENODEV, f"{self._volume} is not mounted")
 
     def check(self, size: int = 1) -> None:
         """Write a file of that size there, on disk (fsync), of which nothing stays.
@@ -66,14 +70,14 @@ class Folder:
         """
         try:
             self.make()
-            with tempfile.TemporaryFile(dir=self._path, prefix=".", suffix=".part") as file:
+            with tempfile.TemporaryFile(dir=self.path, prefix=".", suffix=".part") as file:
                 for start in range(0, size, _CHUNK):
                     # Not zeros, for which some file systems need no room.
                     file.write(os.urandom(min(_CHUNK, size - start)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise StorageError(error, self._path) from error
+            raise StorageError(error, self.path) from error
 
 
 def part_path(config: Config, task_id: str) -> Path:
@@ -209,7 +213,8 @@ def sync_folder(path: Path) -> None:
 def is_low_on_disk(config: Config) -> bool:
     """Return whether less than MIN_FREE_MB is free where images or the database are."""
     floor = config.min_free_mb * 1024 * 1024
-    return min(map(_free, (config.output_dir, config.database_path.parent))) < floor
+    folders = (config.output_dir, config.input_dir, config.database_path.parent)
+    return min(map(_free, folders)) < floor
 
 
 def _free(folder: Path) -> float:

@@ -48,6 +48,18 @@ class IdempotencyKey:
 
 
 @dataclass(frozen=True)
+class Image:
+    """The facts of a whole image file; `extension` is without the dot."""
+
+    content_type: str
+    extension: str
+    bytes: int
+    width: int
+    height: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Task:
     """One image to make, as it stood when it was read.
 
@@ -55,6 +67,7 @@ class Task:
     the number that `calls` had while it ran. `not_before` is epoch seconds, and null
     where the task may run at once; the other times are UTC text. `bytes`, `width`,
     `height` and `sha256` are the finished image's. `lost_images` came, and could not be stored.
+    `inputs` are the images that it edits.
     """
 
     seq: int
@@ -84,13 +97,15 @@ class Task:
     retried_as: str | None
     lost_images: int
     retry_of: str | None
+    inputs: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
 class NewTask:
     """One image to make, as it is added; `params` is what is sent beside prompt and model.
 
-    A retry chooses the seed anew where it was chosen here, and not asked for.
+    A retry chooses the seed anew where it was chosen here, and not asked for. `inputs` are the
+    images that it edits.
     """
 
     id: str
@@ -99,6 +114,7 @@ class NewTask:
     params: dict[str, Any]
     priority: int = 0
     seed_chosen: bool = False
+    inputs: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,18 +226,6 @@ class Reply:
     status: int | None = None
     invocation_id: str | None = None
     quota: tuple[float, float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Image:
-    """The facts of a whole image file; `extension` is without the dot."""
-
-    content_type: str
-    extension: str
-    bytes: int
-    width: int
-    height: int
-    sha256: str
 
 
 class Remedy(Enum):

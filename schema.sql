@@ -198,3 +198,22 @@ CREATE TABLE catalogue_names (name TEXT PRIMARY KEY, position INTEGER NOT NULL)
 ALTER TABLE calls ADD COLUMN host TEXT;
 -- Whether a retry chooses the seed anew.
 ALTER TABLE tasks ADD COLUMN seed_chosen INTEGER NOT NULL DEFAULT 0;
+
+-- version 4
+
+-- The images that a task edits: files of INPUT_DIR, named by sha256 and extension.
+CREATE TABLE inputs (
+  task TEXT NOT NULL,
+  position INTEGER NOT NULL,
+  content_type TEXT NOT NULL,
+  extension TEXT NOT NULL,
+  bytes INTEGER NOT NULL,
+  width INTEGER NOT NULL,
+  height INTEGER NOT NULL,
+  sha256 TEXT NOT NULL,
+  PRIMARY KEY (task, position)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX inputs_sha256 ON inputs (sha256);
+
+-- The names of files whose task is deleted: they go where no other task has them.
+CREATE TABLE unused_inputs (name TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;

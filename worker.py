@@ -9,9 +9,9 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from chutes import Canceled, CancelToken
 from config import Config
 from db import Database, DatabaseError
 from doorbell import Doorbell
+from inputs import InputFolder
 from records import (
     ALL_MODELS,
     CANCELED,
@@ -55,6 +56,7 @@ _DRAIN_POLL_SECONDS = 0.05
 _DISK_SECONDS = 5.0
 _PURGE_SECONDS = 60.0
 _PURGE_STEP = 5
+_SWEEP_STEP = 500
 _FIRST_CALL = (0.0, "", 0)
 
 log = logging.getLogger("worker")
@@ -86,6 +88,7 @@ class Worker:
         self._chutes = client
         self._decoder = decoder
         self._folder = outputs.Folder(config.output_dir)
+        self._inputs = InputFolder(config.input_dir)
         self._bell = Doorbell()
         self._bell_path = Path(f"{config.database_path}.bell")
         # Half of the HTTP threads may wait; the others answer.
@@ -148,11 +151,17 @@ class Worker:
             return False
         self.waiters.ended(task.id)
         self._finish_deletion(task.id, task.file_path)
+        if task.inputs:
+            self._remove_unused_inputs()
         return True
 
-    def check_folder(self) -> None:
-        """Raise StorageError where an image cannot be written."""
-        self._folder.check()
+    def check_folders(self) -> Iterator[outputs.StorageError]:
+        """Yield why an image cannot be written, one that is made or one that is sent."""
+        for folder in (self._folder, self._inputs):
+            try:
+                folder.check()
+            except outputs.StorageError as error:
+                yield error
 
     @property
     def is_draining(self) -> bool:
@@ -194,6 +203,7 @@ class Worker:
                 self._write_until_accepted(self._recover, self._should_drain)
                 self._tick(pool)  # No call waits for the counts, which take long where many are.
                 self._write_until_accepted(self._check_counts, self._should_drain)
+                self._write_until_accepted(self._sweep_inputs, self._should_drain)
                 while not self._should_drain():
                     self._bell.wait(self._tick(pool))
                 self._finish_running()
@@ -347,10 +357,12 @@ class Worker:
             if retired := self._db.purge(before, _PURGE_STEP, self._limits_since()):
                 for task in retired:
                     self._finish_deletion(task.id, task.file_path)
+                self._remove_unused_inputs(_PURGE_STEP)
                 log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
                 return True
         for task_id, file_path in self._db.pending_deletions(_PURGE_STEP):
             self._finish_deletion(task_id, file_path)
+        self._remove_unused_inputs(_PURGE_STEP)
         if last := self._db.purge_calls(self._last_purged_call, self._limits_since()):
             self._last_purged_call = last
             return True
@@ -387,6 +399,28 @@ class Worker:
             return
         self._db.files_deleted(task_id)
 
+    def _remove_unused_inputs(self, limit: int = _SWEEP_STEP) -> None:
+        """Remove some files of inputs that deleted tasks had; those of other tasks stay."""
+        if names := self._db.unused_inputs(limit):
+            self._remove_inputs(names)
+
+    def _remove_inputs(self, names: list[str]) -> None:
+        try:
+            self._db.remove_inputs(names, self._inputs.remove)
+        except OSError:
+            log.exception("an input image stays; its removal is tried again")
+
+    def _sweep_inputs(self) -> None:
+        """Remove the files of inputs that a death has left without a task."""
+        try:
+            self._inputs.remove_abandoned()
+            names = list(self._inputs.names())
+        except OSError as error:
+            log.error("the folder of inputs cannot be swept: %s", error)
+            return
+        for start in range(0, len(names), _SWEEP_STEP):
+            self._remove_inputs(names[start : start + _SWEEP_STEP])
+
     def _attempt(self, task: Task, token: CancelToken) -> None:
         """Make one call for the task and write down how it ended; runs in the pool."""
         if self._running.get(task.id) != (task, token):
@@ -409,9 +443,11 @@ class Worker:
             verifier = self._decoder.verifier()
             self._folder.make()
             model = self._models.find(task.model)
-            reply = self._chutes.generate(
-                model, task.prompt, task.params, part, token, verifier.feed
-            )
+            with ExitStack() as held:
+                files = [held.enter_context(self._inputs.open(image)) for image in task.inputs]
+                reply = self._chutes.generate(
+                    *(model, task.prompt, task.params, part, token, verifier.feed), files
+                )
             image = verifier.finish(part)
             path = outputs.publish(part, self._config.output_dir / task.id, image.extension)
         except Canceled as reason:

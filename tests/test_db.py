@@ -813,6 +813,21 @@ def test_a_commit_that_fails_is_everyones(opened):
     assert claimed(database) == ["later"]
 
 
+def test_a_deletion_that_may_still_be_undone_removes_no_input(database):
+    image = Image("image/png", "png", 1, 1, 1, "a" * 64)
+    name, removed = f"{'a' * 64}.png", []
+    database.add([NewTask("t", "p", "m", {}, inputs=(image,))], 0.0)
+    delete, remove = (
+        lambda: database.delete("t", 0.0),
+        lambda: database.remove_inputs([name], removed.append),
+    )
+    # The deletion comes first, and shares its COMMIT with the removal.
+    add_together(database, [delete, remove])
+    assert (removed, database.unused_inputs()) == ([], [name])
+    remove()
+    assert (removed, database.unused_inputs()) == ([name], [])
+
+
 def test_threads_add_without_waiting_on_each_other_for_ever(database):
     def work(first):
         for n in range(25):

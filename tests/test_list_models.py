@@ -48,7 +48,8 @@ def test_it_prints_a_file_of_the_models_of_the_catalogue(run, chutes, tmp_path):
     status, text, error = run()
     assert (status, error) == (0, "")
     found = read(tmp_path, text)
-    assert list(found) == ["qwen-image", "z-image-turbo", "hunyuan-image-3", "hidream"]
+    others = ["hidream", "qwen-image-edit-2511"]
+    assert list(found) == ["qwen-image", "z-image-turbo", "hunyuan-image-3", *others]
     turbo = found["z-image-turbo"]
     assert turbo.url == chutes.chute_url.replace("{slug}", "vonkaiser-z-image-turbo") + "/generate"
     assert turbo.prompt.model_dump() == {"minLength": 3, "maxLength": 1200}

@@ -118,12 +118,17 @@ def authenticate(config: Config) -> str:
 
 
 def is_signed(signer: Signer) -> bool:
-    """Return whether the request is for images, with the right signature of each."""
+    """Return whether the request is for images, with the right signature of each.
+
+    Who was given a picture may see what it was made of.
+    """
     if request.method not in ("GET", "HEAD"):
         return False
     signatures = request.args.getlist("sig")
     if request.endpoint == "images.image":
         ids = [(request.view_args or {})["name"].partition(".")[0]]
+    elif request.endpoint == "images.input_image":
+        ids = [(request.view_args or {})["task_id"]]
     elif request.endpoint == "images.archive":
         ids = request.args.getlist("id")
     else:

@@ -58,7 +58,7 @@ class Accepted(Answer):
 
 
 class Image(Answer):
-    """The facts of a finished picture."""
+    """The facts of a picture: one that was made, or one that is edited."""
 
     url: str
     content_type: Literal["image/png", "image/jpeg", "image/webp"]
@@ -90,6 +90,7 @@ class Task(Answer):
     image: Image | None
     retried_as: Annotated[str | None, Field(description="the last task that retries this one")]
     retry_of: Annotated[str | None, Field(description="the task that this one retries")]
+    inputs: Annotated[list[Image], Field(description="the images that it edits")]
 
 
 class Call(Answer):

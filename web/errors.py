@@ -6,10 +6,11 @@ from http import HTTPStatus
 from typing import Any
 
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 
 from config import Config
 from db import DatabaseError
+from outputs import StorageError
 from records import KeyReused, LowOnDisk, QueueFull
 from web.answers import Error, OpenAIError, OpenAIErrorBody
 from web.schemas import Invalid
@@ -73,6 +74,10 @@ def _refusal(error: Exception, config: Config) -> Refusal:
             sentence = f"Less than {config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
             advice = "nothing was stored. Free some, then try again"
             return Refusal(507, f"{sentence}; {advice}", {"Retry-After": "60"})
+        case StorageError(code=code):
+            log.error("%s", error)
+            sentence = f"{error.headline}; nothing was stored. Mend that, then try again"
+            return Refusal(507 if code == "no_room" else 503, sentence, {"Retry-After": "60"})
         case DatabaseError():
             log.error("%s", error)
             advice = "Free some disk space" if error.full else "Look at the log"
@@ -94,8 +99,6 @@ def _sentence(error: HTTPException) -> str:
         case MethodNotAllowed():
             methods = sorted(set(error.valid_methods or ()) - {"HEAD", "OPTIONS"})
             return f"{request.method} is not allowed here; use {' or '.join(methods)}"
-        case RequestEntityTooLarge():
-            return "The body is larger than 1 MiB"
     return error.description or error.name
 
 

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from db import DatabaseError
-from outputs import StorageError, is_low_on_disk
+from outputs import is_low_on_disk
 from records import ERROR_CODES, STATUSES
 from web import answers
 from web.errors import Refusal
@@ -56,10 +56,8 @@ def _problems() -> Iterator[str]:
     else:
         if reason:
             yield f"the queue is paused: {reason}"
-    try:
-        service.worker.check_folder()
-    except StorageError as error:
-        yield error.headline
+    for fault in service.worker.check_folders():
+        yield fault.headline
     if is_low_on_disk(service.config):
         yield f"less than {service.config.min_free_mb} MB are free on the disk (MIN_FREE_MB)"
     if service.worker.is_draining:

@@ -81,6 +81,20 @@ def thumbnail(task_id: str) -> Response:
     return _send(io.BytesIO(data), task, kept, "image/webp", hashlib.sha256(data).hexdigest())
 
 
+@bp.get("/tasks/<task_id>/inputs/<int:number>")
+@operation(_bytes(*_TYPES), errors=(410, 416), query=ImageQuery, headers=_RANGE, id="inputImage")
+def input_image(task_id: str, number: int) -> Response:
+    """Fetch a picture that the task edits; the first one is 0."""
+    task = get_task_or_404(task_id)
+    if number >= len(task.inputs):
+        raise Refusal(404, f"This task has {len(task.inputs)} input images, counted from 0")
+    image = task.inputs[number]
+    if not service.inputs.has(image):
+        raise Refusal(410, "This input image is no longer there, or no longer whole; send it again")
+    path = service.inputs.path_of(image)
+    return _send(path, task, path, image.content_type, image.sha256)
+
+
 @bp.get("/images.zip")
 @operation(
     {

@@ -6,13 +6,14 @@ import select
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import IO
+from typing import IO, Any
 
 from flask import Blueprint, Response, g, request
 
+from inputs import Arrival
 from outputs import whole_image_path
 from records import Task
-from web import answers, schemas
+from web import answers, schemas, uploads
 from web.errors import Refusal
 from web.openapi import operation
 from web.params import get_model_or_404, idempotency_key, json_body, patience
@@ -47,15 +48,49 @@ bp = Blueprint("openai", __name__)
 )
 def generations() -> Response:
     """Make pictures, and wait for them, as OpenAI's API does."""
+    until = time.monotonic() + patience()
     find = service.registry.find
-    asked = schemas.parse(schemas.Generations, json_body(), service.config, find)
+    return _make(schemas.parse(schemas.Generations, json_body(), service.config, find), until)
+
+
+@bp.post("/v1/images/edits")
+@operation(
+    answers.OpenAIImages,
+    errors=(409, 410, 429, 500, 502, 504, 507),
+    body=schemas.Edits,
+    idempotent=True,
+)
+def edits() -> Response:
+    """Edit pictures, and wait for what is made of them, as OpenAI's API does."""
+    until = time.monotonic() + patience()
+    with ExitStack() as held:
+        asked, arrivals = uploads.understand(schemas.Edits, held, _text_of_image)
+        return _make(asked, until, arrivals)
+
+
+@bp.post("/v1/images/variations")
+@operation({}, errors=(404,))
+def variations() -> Response:
+    """Be told that there are no variations here."""
+    advice = "use POST /v1/images/edits, with a prompt that says what may vary"
+    raise Refusal(404, f"There are no variations here; {advice}")
+
+
+def _text_of_image(item: Any) -> str:
+    url = item.get("image_url") if isinstance(item, dict) else None
+    if isinstance(url, str) and url.lower().startswith(("data:", "http:", "https:")):
+        return url
+    raise schemas.Invalid('must be {"image_url": "data:image/png;base64,..."}: no file_id is known')
+
+
+def _make(asked: schemas.Request, until: float, arrivals: Sequence[Arrival] = ()) -> Response:
+    """Add the tasks, wait for them, and answer with their pictures."""
     wants_url = getattr(asked.body, "response_format", None) == "url"
     base = _public_base() if wants_url else None
-    until = time.monotonic() + patience()
     with ExitStack() as held:
         _check_slot(held.enter_context(service.worker.waiters.slot()))
         key = idempotency_key(asked.canonical_input())
-        ids = g.stored = service.add(asked.new_tasks(), asked.model, key)
+        ids = g.stored = service.add(asked.new_tasks(), asked.model, key, arrivals)
         answer = _images(_completed(ids, _wait(ids, until)), base, held)
         # A slow reader keeps its slot and the files, as its thread does.
         answer.call_on_close(held.pop_all().close)

@@ -15,12 +15,14 @@ import urls
 from config import Config
 from web.answers import Answer, Error, OpenAIError
 from web.errors import OPENAI_PREFIX
-from web.schemas import OPENAI_MODEL, Generate, Generations, body_of
+from web.schemas import OPENAI_MODEL, Edit, Edits, Generate, Generations, body_of
 from web.service import service
 
 _Json = dict[str, Any]
 
 _DESCRIPTION = "A durable queue in front of Chutes AI's image API."
+# What follows the name of a body where it is a form.
+_FORM = "Form"
 _COMPONENT = "#/components/schemas/{model}"
 
 
@@ -41,6 +43,7 @@ _ID = "ee078b27-6c4d-42f6-8911-d9669086c9e9"
 _UUID = {"type": "string", "format": "uuid"}
 _NAME = {"type": "string", "pattern": f"^{known_models.NAME}$"}
 _MODEL = path_parameter("any name of the model", _NAME, "qwen-image")
+_COUNT = {"type": "integer", "minimum": 0}
 _TASK_ID = path_parameter("the task's id", _UUID, _ID)
 _IDEMPOTENCY_KEY = _parameter(
     "Idempotency-Key",
@@ -57,8 +60,8 @@ _ERRORS = {
     405: "Another method is needed",
     409: "The task is in another state",
     410: "The picture's file is no longer there, or no longer whole",
-    413: "The body is larger than 1 MiB",
-    415: "The body is declared as something other than JSON, or is compressed",
+    413: "The body is larger than 1 MiB, or with images than MAX_UPLOAD_MB",
+    415: "The body is declared as another type than is taken here, or is compressed",
     416: "The range is beyond the end of the picture",
     422: "The Idempotency-Key came with another request before",
     429: "MAX_PENDING tasks are pending",
@@ -141,7 +144,7 @@ def document(app: Flask, config: Config) -> _Json:
     models: dict[tuple[type[BaseModel], Any], None] = {}
     for rule in app.url_map.iter_rules():
         view: Any = app.view_functions[rule.endpoint]
-        path = re.sub(r"<(\w+:)?\w+>", "{id}", rule.rule)
+        path = re.sub(r"<(\w+:)?\w+>", "{id}", rule.rule.replace("<int:number>", "{n}"))
         tag = rule.endpoint.partition(".")[0]
         tags[tag] = (sys.modules[view.__module__].__doc__ or "").partition("\n")[0]
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
@@ -178,8 +181,10 @@ def _describe(path: str, tag: str, view: Any, config: Config) -> _Json:
         "responses": {str(c): _with_headers(r) for c, r in _responses(path, op).items()},
     }
     if op.body:
-        content = {"schema": _ref(op.body), "example": op.body.example}
-        described["requestBody"] = {"required": True, "content": {"application/json": content}}
+        content = {"application/json": {"schema": _ref(op.body), "example": op.body.example}}
+        if "images" in op.body.model_fields:
+            content["multipart/form-data"] = {"schema": _ref(op.body, _FORM)}
+        described["requestBody"] = {"required": True, "content": content}
     if config.api_keys and op.public:
         described["security"] = []
     return described
@@ -189,6 +194,8 @@ def _parameters(path: str, op: operation) -> Iterator[_Json]:
     if "{id}" in path:
         is_models = path.startswith((OPENAI_PREFIX, "/models"))
         yield _MODEL if is_models else op.path
+    if "{n}" in path:
+        yield _parameter("n", "path", "from 0", _COUNT, required=True, example=0)
     if op.query:
         yield from _query(op.query)
     for name, text in op.headers.items():
@@ -256,8 +263,8 @@ def _with_headers(response: _Json) -> _Json:
     return {**response, "headers": headers}
 
 
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _COMPONENT.format(model=model.__name__)}
+def _ref(model: type[BaseModel], more: str = "") -> dict[str, str]:
+    return {"$ref": _COMPONENT.format(model=model.__name__ + more)}
 
 
 def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json:
@@ -265,12 +272,21 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json
     # A model may be left out, and its rule depends on the settings.
     rule = _model_rule(config)
     ours = {"type": "string", "pattern": f"^({OPENAI_MODEL})?$"}
-    for kind, model in ((Generate, rule), (Generations, {"anyOf": [rule, ours]})):
+    for kind in (Generate, Edit, Generations, Edits):
         schema = schemas[kind.__name__]
-        schema["required"] = ["prompt"]
+        schema["required"].remove("model")
         schema["description"] += "\n\nA model may have other fields, and other ranges: GET /models."
+        model = {"anyOf": [rule, ours]} if issubclass(kind, Generations) else rule
         schema["properties"]["model"] = {"description": "a model's name", **model}
+        if "images" in kind.model_fields:
+            schemas[kind.__name__ + _FORM] = _form(schema)
     return schemas
+
+
+def _form(schema: _Json) -> _Json:
+    """Return what a form has in place of a JSON body: the images as files."""
+    files = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+    return {**schema, "properties": {**schema["properties"], "images": files}}
 
 
 def _model_rule(config: Config) -> _Json:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from flask import g, request
@@ -14,6 +15,7 @@ from web.errors import Refusal
 from web.service import service
 
 MAX_BODY = 1024 * 1024
+_CHUNK = 65536
 # curl declares a form for `-d`, whatever it sends.
 _FORM = "application/x-www-form-urlencoded"
 # A client that tells its own patience is answered so long before it ends, in seconds.
@@ -93,23 +95,38 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def json_body() -> bytes:
     """Return the body, which is declared as JSON, as a form or not at all, or refuse it."""
+    check_declared()
+    return b"".join(body_chunks(MAX_BODY))
+
+
+def check_declared(*others: str) -> None:
+    """Refuse a body that is declared as something other than JSON or one of these types."""
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         advice = "send it as it is, without Content-Encoding"
         raise Refusal(415, f"The body is encoded as {encoding[:100]}; {advice}")
     declared = request.mimetype
-    if declared and declared != _FORM and not request.is_json:
-        advice = "send JSON, with Content-Type: application/json"
+    if declared and declared not in (_FORM, *others) and not request.is_json:
+        advice = " or ".join(["send JSON, with Content-Type: application/json", *others])
         raise Refusal(415, f"The body is declared as {declared[:100]}; {advice}")
+
+
+def body_chunks(maximum: int) -> Iterator[bytes]:
+    """Yield the body as it comes, at most so many bytes of it, or refuse it."""
+    # One byte more: Werkzeug ends a chunked body at its limit without a word.
+    request.max_content_length = maximum + 1
+    size = 0
     try:
-        body = request.get_data()
+        while chunk := request.stream.read(_CHUNK):
+            size += len(chunk)
+            if size > maximum:
+                raise RequestEntityTooLarge
+            yield chunk
     except RequestEntityTooLarge:
-        raise
+        mib = maximum // 2**20
+        raise Refusal(413, f"The body is larger than {mib} MiB") from None
     except Exception as error:  # Whatever the server in front raises for a broken body.
         raise Refusal(400, "The body could not be read to its end") from error
-    if len(body) > MAX_BODY:
-        raise RequestEntityTooLarge
-    return body
 
 
 def idempotency_key(canonical_input: str) -> IdempotencyKey | None:

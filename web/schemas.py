@@ -6,19 +6,31 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    create_model,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError, ValidationError
 
 import models
 from config import Config, model_name_error
 from models import FieldRule, Model
-from records import NewTask
+from records import Image, NewTask
 
 MAX_TEXT = 10_000
 _SHOWN_VIOLATIONS = 3
+# A PNG of one pixel.
+_EXAMPLE_URL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNw"
+    "aDgAAAKEAYEml6crAAAAAElFTkSuQmCC"
+)
 _EXAMPLE = 'send one such as {"prompt": "a red fox"}'
 # OpenAI's names for models, which no chute bears.
 OPENAI_MODEL = r"((chat)?gpt-image|dall-e)(-[A-Za-z0-9._-]{0,80})?"
@@ -26,11 +38,17 @@ _SIDE = "(12[89]|1[3-9][0-9]|[2-9][0-9][0-9]|1[0-9]{3}|20[0-3][0-9]|204[0-8])"
 _SIZE = rf"^((auto)?|{_SIDE}x{_SIDE})$"
 _SIZE_RULE = "auto, or WIDTHxHEIGHT, each from 128 to 2048"
 # What other programs call them, and what is no field of a request for one image.
-_HINTS = {
+HINTS = {
     "steps": "did you mean num_inference_steps?",
     "cfg_scale": "did you mean guidance_scale?",
     "size": "use width and height",
     "n": "one task makes one image; send it n times",
+    "mask": "say in the prompt what is to change, and what is not",
+    **dict.fromkeys(
+        ("image", "images", "image_b64", "image_b64s", "image_url"),
+        "send images to POST /edit, as images",
+    ),
+    "file_id": "send the image itself, in images",
 }
 _STREAM_RULE = "false: images come whole here"
 _Format = Literal["b64_json", "url"]
@@ -87,15 +105,22 @@ class Generate(BaseModel, strict=True, extra="forbid", allow_inf_nan=False, froz
     """
 
     example: ClassVar = {"prompt": "a red fox in the snow", "width": 1024, "height": 768, "seed": 7}
+    default_setting: ClassVar = "DEFAULT_MODEL"
 
     prompt: Annotated[str, *_text(_PROMPT)]
     model: Annotated[str, Field(description="text"), AfterValidator(_model_name)]
     priority: Annotated[int | None, *_integer(-100, 100)] = 0
 
     @classmethod
+    def default_model(cls, config: Config) -> str:
+        """Return the model of a request that names none."""
+        name: str = getattr(config, cls.default_setting.lower())
+        return name
+
+    @classmethod
     def model_asked_for(cls, fields: Mapping[str, Any], config: Config) -> Any:
         """Return the model that a request names, or the default one."""
-        return config.default_model if fields.get("model") is None else fields["model"]
+        return cls.default_model(config) if fields.get("model") is None else fields["model"]
 
     @classmethod
     def translated(cls, fields: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -127,9 +152,9 @@ class Generations(Generate, extra="ignore", frozen=True):
         asked = fields.get("model")
         is_openais = isinstance(asked, str) and re.fullmatch(OPENAI_MODEL, asked)
         if not is_openais or asked in config.models:
-            return config.default_model if asked in (None, "") else asked
-        log.info("a model of OpenAI's means DEFAULT_MODEL", extra={"asked": asked})
-        return config.default_model
+            return cls.default_model(config) if asked in (None, "") else asked
+        log.info("a model of OpenAI's means %s", cls.default_setting, extra={"asked": asked})
+        return cls.default_model(config)
 
     @classmethod
     def translated(cls, fields: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -148,6 +173,42 @@ class Generations(Generate, extra="ignore", frozen=True):
         return self.n or 1
 
 
+_IMAGE_RULE = "each an image in base64, as a data URL, or the id of a completed task here"
+_OPENAI_IMAGE = {
+    "type": "object",
+    "properties": {"image_url": {"type": "string", "pattern": "^data:[^,]*;base64,"}},
+    "required": ["image_url"],
+}
+
+
+class Edit(Generate, frozen=True):
+    """The body of a request to edit images, beside the fields of its model."""
+
+    example: ClassVar = {"prompt": "make it night", "images": [_EXAMPLE_URL], "seed": 7}
+    default_setting: ClassVar = "DEFAULT_EDIT_MODEL"
+
+    images: Annotated[list[str], Field(min_length=1, description=_IMAGE_RULE)]
+
+
+class Edits(Generations, extra="ignore", frozen=True):
+    """The body of a request to edit images in OpenAI's form."""
+
+    example: ClassVar = {"prompt": "make it night", "images": [{"image_url": _EXAMPLE_URL}]}
+    default_setting: ClassVar = "DEFAULT_EDIT_MODEL"
+
+    images: Annotated[
+        list[str],
+        Field(min_length=1),
+        WithJsonSchema({"type": "array", "items": _OPENAI_IMAGE, "minItems": 1}),
+    ]
+
+    @classmethod
+    def translated(cls, fields: dict[str, Any], model: Model) -> dict[str, Any]:
+        if fields.get("mask") is not None:
+            raise Invalid(f"mask is not taken: {HINTS['mask']}", "mask")
+        return super().translated(fields, model)
+
+
 def _in_words_of(model: Model, size: str) -> dict[str, Any]:
     """Return the fields of a model that ask for a size of WIDTHxHEIGHT; none where it has none."""
     known = model.known_fields
@@ -159,16 +220,18 @@ def _in_words_of(model: Model, size: str) -> dict[str, Any]:
 class Request:
     """A request that was understood: its own fields, its model, and what Chutes is sent."""
 
-    def __init__(self, body: Generate, model: Model):
+    def __init__(self, body: Generate, model: Model, inputs: Sequence[Image] = ()):
         self.body = body
         self.model = model
+        self.inputs = tuple(inputs)
         given = body.model_dump(include=set(model.known_fields), exclude_none=True)
         self.params = self._in_order({**model.send, **given})
 
     def canonical_input(self) -> str:
         """Return what makes this request another than others: not what is chosen for it."""
         asked = [self.body.prompt, self.body.priority or 0, self.body.count, self.model.name]
-        return json.dumps([*asked, self.params], sort_keys=True)
+        hashes = [image.sha256 for image in self.inputs]
+        return json.dumps([*asked, self.params, *hashes], sort_keys=True)
 
     def new_tasks(self) -> list[NewTask]:
         """Return the tasks that were asked for, with ids of their own.
@@ -185,8 +248,12 @@ class Request:
             params = {**params, "seed": (params["seed"] + index) % 2**32}
         elif rule:
             params = self._in_order({**params, "seed": models.choose_seed(rule)})
-        task_id, priority = str(uuid.uuid4()), self.body.priority or 0
-        return NewTask(task_id, self.body.prompt, self.model.name, params, priority, is_chosen)
+        return NewTask(
+            *(str(uuid.uuid4()), self.body.prompt, self.model.name, params),
+            priority=self.body.priority or 0,
+            seed_chosen=is_chosen,
+            inputs=self.inputs,
+        )
 
     def _in_order(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the fields as the model lists them: the same bytes sent again may cost less."""
@@ -197,28 +264,50 @@ def parse(
     kind: type[Generate], body: bytes, config: Config, find: Callable[[str], Model]
 ) -> Request:
     """Read a request from JSON, or raise Invalid; `find` returns what is known of a model."""
-    fields = _json_object(body)
+    return understand(kind, json_object(body), config, find)
+
+
+def understand(
+    kind: type[Generate],
+    fields: dict[str, Any],
+    config: Config,
+    find: Callable[[str], Model],
+    inputs: Sequence[Image] | None = None,
+    is_form: bool = False,
+) -> Request:
+    """Check the fields of a request, or raise Invalid; `find` returns what is known of a model.
+
+    `inputs` are the images that came with a request to edit some. Each field of a form is a
+    list of texts.
+    """
+    fields = {n: v[0] if is_form and len(v) == 1 else v for n, v in fields.items()}
     prompt = fields.get("prompt")
     if prompt is None or (isinstance(prompt, str) and not prompt.strip()):
         raise Invalid("Prompt is required", "prompt")
     name = kind.model_asked_for(fields, config)
+    name = _read_texts("model", name, None) if is_form else name
     is_name = isinstance(name, str) and re.fullmatch(models.NAME, name)
     model = find(name) if is_name else models.ANY_MODEL
     # Those of which nothing is known share a kind: anyone may make up names.
     kind = body_of(kind, models.ANY_MODEL if model.source == "setting" else model)
+    fields = _read_form(fields, kind, model) if is_form else fields
     fields = {**kind.translated(fields, model), "model": name}
+    if inputs is not None:
+        fields["images"] = [image.sha256 for image in inputs]
     # Null means the default; an unknown field is refused even so.
     given = {n: v for n, v in fields.items() if v is not None or n not in kind.model_fields}
+    if inputs is not None and is_name:
+        _check_inputs(model, len(inputs))
     try:
-        request = Request(kind.model_validate(given), model)
+        request = Request(kind.model_validate(given), model, inputs or ())
     except ValidationError as error:
         raise _invalid(error, kind, model) from error
-    check_allowed(model, config)
+    check_allowed(model, config, len(request.inputs))
     return request
 
 
-def check_allowed(model: Model, config: Config) -> None:
-    """Raise Invalid where a model may not be used, or not with a prompt alone."""
+def check_allowed(model: Model, config: Config, inputs: int) -> None:
+    """Raise Invalid where a model may not be used, or not with so many input images."""
     if config.models and not {model.name, *model.aliases} & {
         config.canonical(name) for name in config.models
     }:
@@ -226,8 +315,25 @@ def check_allowed(model: Model, config: Config) -> None:
         raise Invalid(f"model must be one of {there_are}, not {_shown(model.name)}", "model")
     if rule := model_name_error(model.name, config, model):
         raise Invalid(f"model must be {rule}", "model")
-    if model.images and model.images.minimum:
-        raise Invalid(f"model must be one that takes a prompt alone: {model.name} edits images")
+    if inputs:
+        _check_inputs(model, inputs)
+    elif model.images and model.images.minimum:
+        sentence = f"{model.name} edits images: send it some, with POST /edit"
+        raise Invalid(f"model must be one that takes a prompt alone; {sentence}", "model")
+
+
+def _check_inputs(model: Model, count: int) -> None:
+    """Raise Invalid where a model does not take so many images; none is never enough."""
+    if model.source == "setting":
+        advice = "GET /models tells which do"
+        raise Invalid(f"{_shown(model.name)} is not known to take images; {advice}", "model")
+    if model.images is None:
+        advice = "name one whose images in GET /models is above 0, or use POST /generate"
+        raise Invalid(f"{model.name} takes no images; {advice}", "model")
+    minimum, maximum = max(1, model.images.minimum), model.images.maximum
+    if not minimum <= count <= maximum:
+        numbers = f"{minimum} to {maximum}" if minimum < maximum else f"{maximum}"
+        raise Invalid(f"images must be {numbers} for {model.name}, not {count}", "images")
 
 
 @functools.lru_cache(maxsize=512)
@@ -291,7 +397,41 @@ _KINDS = {
 }
 
 
-def _json_object(body: bytes) -> dict[str, Any]:
+def _read_form(
+    fields: Mapping[str, str | list[str]], kind: type[Generate], model: Model
+) -> dict[str, Any]:
+    """Return what the texts of a form mean for the fields of a request."""
+    types = {name: rule.type for name, rule in model.known_fields.items() if not rule.enum}
+    types = {"priority": "integer", "n": "integer", "stream": "boolean", **types}
+    return {
+        name: _read_texts(name, texts, types.get(name) if name in kind.model_fields else None)
+        for name, texts in fields.items()
+    }
+
+
+def _read_texts(name: str, texts: str | list[str], kind: str | None) -> Any:
+    """Return the value of a field: only a list is given part by part."""
+    if kind == "array":
+        return [texts] if isinstance(texts, str) else texts
+    if isinstance(texts, list):
+        raise Invalid(f"{_shown(name)} is given twice", name)
+    return _read_text(texts, kind)
+
+
+def _read_text(text: str, kind: str | None) -> Any:
+    """Return the value of a text; what is none of that type stays as it is, to be refused."""
+    if kind in (None, "string"):
+        return text
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text.lower() if kind == "boolean" else text, parse_int=_any_integer)
+    except (ValueError, RecursionError):
+        return text
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Read a JSON object, or raise Invalid."""
     try:
         value = json.loads(body, parse_int=_any_integer)
     except RecursionError:
@@ -328,7 +468,7 @@ def _sentence(violation: ErrorDetails, kind: type[Generate], model: Model) -> st
     if violation["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name[:100].lower(), kind.model_fields, n=1)
         nearest = f"did you mean {close[0]}?" if close else ""
-        hint = _HINTS.get(name.lower(), nearest)
+        hint = HINTS.get(name.lower(), nearest)
         return f"{_shown(name)} is not a field{f'; {hint}' if hint else ''}"
     if violation["type"] == "value_error":
         return f"{name} {violation['ctx']['error']}"

@@ -1,7 +1,10 @@
 """What a request may ask of the server: its settings, its database, its worker and its helpers."""
 
+import functools
 import logging
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -11,8 +14,9 @@ from werkzeug.local import LocalProxy
 from config import Config
 from db import Database, DatabaseError
 from images import Decoder, ImageError
+from inputs import Arrival, InputFolder
 from models import Model
-from outputs import image_path, is_low_on_disk
+from outputs import StorageError, image_path, is_low_on_disk
 from records import IdempotencyKey, LowOnDisk, NewTask, Task
 from registry import ModelRegistry
 from web.access import Signer
@@ -31,19 +35,39 @@ class Service:
     decoder: Decoder
     signer: Signer
     registry: ModelRegistry
+    inputs: InputFolder
 
-    def add(self, tasks: list[NewTask], model: Model, key: IdempotencyKey | None) -> list[str]:
+    def add(
+        self,
+        tasks: list[NewTask],
+        model: Model,
+        key: IdempotencyKey | None,
+        arrivals: Sequence[Arrival] = (),
+    ) -> list[str]:
         """Add the tasks and return their ids, or those of the tasks that came with the key before.
 
-        Raises QueueFull, LowOnDisk or KeyReused.
+        Their inputs are those that have arrived. Raises QueueFull, LowOnDisk, KeyReused, or
+        StorageError where the inputs cannot be stored.
         """
         self.registry.await_unknown(model)
         is_low, limit = is_low_on_disk(self.config), self.config.max_pending
-        ids = self.database.add(tasks, time.time(), limit, key, is_low)
+        try:
+            publish = functools.partial(self.inputs.publish, arrivals)
+            ids = self.database.add(tasks, time.time(), limit, key, is_low, publish)
+        except (DatabaseError, StorageError):
+            self._forget(arrivals)
+            raise
         self.worker.wake()
         if ids != [task.id for task in tasks]:
             after_this_request(_mark_replay)
         return ids
+
+    def _forget(self, arrivals: Sequence[Arrival]) -> None:
+        """Remove the files of inputs that were given their names for a task that is not stored."""
+        names = [self.inputs.path_of(arrival.image).name for arrival in arrivals]
+        with suppress(DatabaseError, OSError):  # What stays is swept at the next start.
+            if names:
+                self.database.remove_inputs(names, self.inputs.remove)
 
     def with_image_facts(self, tasks: list[Task]) -> list[Task]:
         """Return the tasks, and of those of the Node server what the files of their images show.

@@ -3,6 +3,8 @@
 import functools
 import time
 import uuid
+from contextlib import ExitStack
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from flask import Blueprint, Response, g, request
@@ -10,7 +12,7 @@ from flask import Blueprint, Response, g, request
 from db import POSITIONS, stamp
 from outputs import is_low_on_disk
 from records import QueueFull, Task
-from web import answers, params, schemas
+from web import answers, params, schemas, uploads
 from web.errors import Refusal
 from web.openapi import operation
 from web.params import get_task_or_404, query
@@ -34,6 +36,23 @@ def generate() -> Response:
     key = params.idempotency_key(asked.canonical_input())
     (task_id,) = service.add(asked.new_tasks(), asked.model, key)
     return _accepted(task_id)
+
+
+@bp.post("/edit")
+@operation(answers.Accepted, errors=(429, 507), body=schemas.Edit, idempotent=True)
+def edit() -> Response:
+    """Add a task that edits images."""
+    with ExitStack() as held:
+        asked, arrivals = uploads.understand(schemas.Edit, held, _text_of_image)
+        key = params.idempotency_key(asked.canonical_input())
+        (task_id,) = service.add(asked.new_tasks(), asked.model, key, arrivals)
+    return _accepted(task_id, "Edit task queued successfully")
+
+
+def _text_of_image(item: Any) -> str:
+    if not isinstance(item, str):
+        raise schemas.Invalid("must be text: base64, a data URL, or a task's id")
+    return item
 
 
 @bp.get("/status/<task_id>")
@@ -83,7 +102,8 @@ def cancel(task_id: str) -> Response:
 def retry(task_id: str) -> Response:
     """Add a new task with the same input."""
     task = get_task_or_404(task_id)
-    schemas.check_allowed(service.registry.find(task.model), service.config)
+    model = service.registry.find(task.model)
+    schemas.check_allowed(model, service.config, len(task.inputs))
     service.check_disk()
     new_id = _new_id()
     retry = functools.partial(service.database.retry, choose_seed=service.registry.choose_seed)
@@ -195,9 +215,9 @@ def _new_id() -> str:
     return str(uuid.uuid4())
 
 
-def _accepted(task_id: str) -> Response:
+def _accepted(task_id: str, message: str = "Task queued successfully") -> Response:
     g.task = task_id
-    answer = answers.Accepted(id=task_id, status="pending", message="Task queued successfully")
+    answer = answers.Accepted(id=task_id, status="pending", message=message)
     return answer.response({"Location": f"/status/{task_id}"})
 
 
@@ -216,7 +236,11 @@ def _all_shown(tasks: list[Task]) -> list[answers.Task]:
 def _show(task: Task, position: int | None, reason: str | None) -> answers.Task:
     url = f"/images/{quote(task.id, safe='')}"
     image = answers.Image.of(task, url=url) if task.sha256 else None
-    return answers.Task.of(task, queue_position=position, waiting_for=reason, image=image)
+    base = f"/tasks/{quote(task.id, safe='')}/inputs"
+    inputs = [answers.Image.of(i, url=f"{base}/{n}") for n, i in enumerate(task.inputs)]
+    return answers.Task.of(
+        task, queue_position=position, waiting_for=reason, image=image, inputs=inputs
+    )
 
 
 def _waits(pending: list[Task]) -> dict[str, tuple[int | None, str | None]]:

@@ -252,6 +252,210 @@ def test_base64_of_large_pictures_needs_little_memory(start):
     assert memory(server.runner(), "VmHWM") - before < 2 * len(out.getvalue())
 
 
+# Edits
+
+FOX, OWL = image_bytes(), image_bytes("JPEG", colour="orange")
+EDITS = "qwen-image-edit-2511"
+
+
+def given(call):
+    """Return the pictures that Chutes was given."""
+    return [base64.b64decode(text, validate=True) for text in call["image_b64s"]]
+
+
+@pytest.fixture
+def fox(tmp_path):
+    path = tmp_path / "fox.png"
+    path.write_bytes(FOX)
+    return path
+
+
+def test_a_file_is_edited(client, upstream, fox):
+    upstream.decide = lambda fields: Answer(body=OWL)
+    with fox.open("rb") as file:
+        made = client.images.edit(image=file, prompt=PROMPT)
+    assert base64.b64decode(made.data[0].b64_json, validate=True) == OWL
+    (call,) = upstream.calls
+    assert (call["prompt"], given(call)) == (PROMPT, [FOX])
+    assert upstream.headers[-1][0].endswith(f"{EDITS}/generate")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(FOX, io.BytesIO(FOX), ("a.gif", FOX), ("a.txt", FOX, "text/plain")),
+        *([FOX], (None, FOX, "application/octet-stream")),
+    ],
+    ids=["bytes", "a stream", "a wrong name", "a wrong type", "a list", "no name"],
+)
+def test_whatever_the_client_takes_for_a_file_is_edited(client, upstream, image):
+    client.images.edit(image=image, prompt=PROMPT)
+    assert given(upstream.calls[-1]) == [FOX]
+
+
+def test_several_files_are_edited_as_one(client, upstream):
+    client.images.edit(image=[FOX, ("owl", OWL), FOX], prompt=PROMPT)
+    assert given(upstream.calls[-1]) == [FOX, OWL, FOX]
+
+
+def test_each_of_several_edits_is_a_task(client, upstream):
+    made = client.images.edit(image=FOX, prompt=PROMPT, n=3, extra_body={"seed": 8})
+    assert len(made.data) == 3
+    assert sorted(call["seed"] for call in upstream.calls) == [8, 9, 10]
+    assert all(given(call) == [FOX] for call in upstream.calls)
+
+
+def test_an_edit_comes_as_an_address(client, shared):
+    made = client.images.edit(image=FOX, prompt=PROMPT, response_format="url")
+    assert fetch(made.data[0].url) == (200, image_bytes())
+
+
+def test_the_size_and_this_servers_own_fields_of_an_edit_are_taken(client, upstream):
+    own = {"num_inference_steps": 8, "true_cfg_scale": 2.5, "negative_prompt": "7", "seed": 3}
+    client.images.edit(
+        image=FOX, prompt=PROMPT, model=EDITS, size="512x768", extra_body={**own, "priority": 5}
+    )
+    expected = {"prompt": PROMPT, "width": 512, "height": 768, **own}
+    assert {k: v for k, v in upstream.calls[-1].items() if k != "image_b64s"} == expected
+
+
+@pytest.mark.parametrize("model", ["gpt-image-1", "dall-e-2", "chatgpt-image-latest", ""])
+def test_openais_own_models_mean_the_default_one_that_edits(client, upstream, model):
+    client.images.edit(image=FOX, prompt=PROMPT, model=model, size="auto", quality="high")
+    assert upstream.headers[-1][0].endswith(f"{EDITS}/generate")
+
+
+def test_the_same_edit_with_its_key_is_paid_once(client, upstream):
+    for _ in range(2):
+        headers = {"Idempotency-Key": "an edit"}
+        client.images.edit(image=FOX, prompt=PROMPT, extra_headers=headers)
+    assert len(upstream.calls) == 1
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.images.edit(image=OWL, prompt=PROMPT, extra_headers=headers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"image": b"GIF89a" + bytes(99)}, "images[0] is not a PNG, JPEG or WebP image"),
+        ({"image": [FOX, FOX[:-4]]}, "images[1] ends early"),
+        ({"image": [FOX] * 4}, "images must be 1 to 3"),
+        ({"image": []}, "images must be 1 to 3"),
+        ({"mask": FOX}, "say in the prompt what is to change"),
+        ({"prompt": " "}, "Prompt is required"),
+        ({"n": 11}, "n must be an integer from 1 to 10"),
+        ({"size": "17x17"}, "size must be"),
+        ({"extra_body": {"stream": True}}, "stream must be"),
+        ({"model": "qwen-image"}, "takes no images"),
+        ({"model": "no-such"}, "not known to take images"),
+        ({"extra_body": {"seed": "x"}}, "seed must be an integer"),
+    ],
+)
+def test_a_bad_edit_is_a_bad_request_and_stores_nothing(client, shared, fields, words):
+    server, upstream = shared
+    before = server.rows("SELECT count(*) FROM tasks"), kept_inputs(server)
+    with pytest.raises(openai.BadRequestError) as error:
+        client.images.edit(**{"image": FOX, "prompt": PROMPT, **fields})
+    check_form(error.value, 400)
+    assert words in error.value.body["message"]
+    assert (server.rows("SELECT count(*) FROM tasks"), kept_inputs(server)) == before
+    assert upstream.calls == []
+
+
+def kept_inputs(server):
+    return sorted(path.name for path in (server.folder / "inputs").iterdir())
+
+
+def test_a_variation_is_not_found_and_told_what_to_do(client):
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(openai.NotFoundError, match="POST /v1/images/edits") as error,
+    ):
+        client.images.create_variation(image=FOX)
+    check_form(error.value, 404)
+
+
+def post_v1(server, body, headers=None):
+    """Post as programs without the official client do; return the status and the JSON."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    headers = {"Authorization": f"Bearer {KEY}", **(headers or {})}
+    is_stream = not isinstance(body, bytes)
+    connection.request("POST", "/v1/images/edits", body, headers, encode_chunked=is_stream)
+    answer = connection.getresponse()
+    status, told = answer.status, json.load(answer)
+    connection.close()
+    return status, told
+
+
+def url_of(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def test_openais_json_form_is_taken(shared):
+    server, upstream = shared
+    images = [{"image_url": url_of(FOX)}, {"image_url": url_of(OWL), "file_id": None}]
+    body = {"prompt": PROMPT, "images": images, "model": "gpt-image-1", "mask": None}
+    status, told = post_v1(server, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    assert (status, list(told)) == (200, ["created", "data"])
+    assert given(upstream.calls[-1]) == [FOX, OWL]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"images": [{"image_url": "https://x.example/a.png"}]}, "images[0] is an address, which"),
+        ({"images": [{"file_id": "file-1"}]}, "images[0] must be"),
+        ({"images": [{"image_url": url_of(FOX)}, {}]}, "images[1] must be"),
+        ({"images": [url_of(FOX)]}, "images[0] must be"),
+        ({"images": [{"image_url": "iVBOR"}]}, "images[0] must be"),
+        ({"mask": {"image_url": url_of(FOX)}}, "say in the prompt what is to change"),
+        ({"mask": {"file_id": "file-1"}}, "say in the prompt what is to change"),
+    ],
+)
+def test_what_of_the_json_form_is_not_taken_is_told(shared, fields, words):
+    server, upstream = shared
+    body = {"prompt": PROMPT, "images": [{"image_url": url_of(FOX)}], **fields}
+    status, told = post_v1(server, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    assert status == 400
+    assert words in told["error"]["message"]
+    assert told["error"]["type"] == "invalid_request_error"
+    assert upstream.calls == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_chunked"),
+    [
+        # Open WebUI, with one picture and with two.
+        ({"model": EDITS, "prompt": PROMPT, "n": "1", "size": "512x512", "image": 1}, False),
+        ({"prompt": PROMPT, "response_format": "b64_json", "image[]": 2}, False),
+        # LibreChat, whose body has no length where it is read from a stream.
+        ({"model": "gpt-image-1", "prompt": PROMPT, "quality": "auto", "image[]": 2}, True),
+        # n8n.
+        ({"model": "dall-e-2", "prompt": PROMPT, "image": 1, "response_format": "b64_json"}, False),
+        # Vercel's SDK, which reads base64 alone.
+        ({"model": EDITS, "prompt": PROMPT, "n": "1", "image": 1}, False),
+    ],
+    ids=["open-webui", "open-webui-two", "librechat", "n8n", "vercel"],
+)
+def test_what_programs_send_is_edited(shared, parts, is_chunked):
+    server, upstream = shared
+    boundary, body = "----formdata-undici-042", b""
+    for name, value in parts.items():
+        pictures = [FOX, OWL][:value] if isinstance(value, int) else [None]
+        for picture in pictures:
+            named = '; filename="image.png"\r\nContent-Type: image/png' if picture else ""
+            body += f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"'.encode()
+            body += f"{named}\r\n\r\n".encode() + (picture or value.encode()) + b"\r\n"
+    body += f"--{boundary}--\r\n".encode()
+    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    pieces = (body[start : start + 700] for start in range(0, len(body), 700))
+    status, told = post_v1(server, pieces if is_chunked else body, headers)
+    assert status == 200, told
+    assert base64.b64decode(told["data"][0]["b64_json"]) == image_bytes()
+    count = next(value for value in parts.values() if isinstance(value, int))
+    assert given(upstream.calls[-1]) == [FOX, OWL][:count]
+
+
 # The signature
 
 
@@ -446,7 +650,7 @@ def test_another_sites_page_is_a_permission_error(client):
 
 def test_an_unknown_route_is_a_not_found_error(client):
     with pytest.raises(openai.NotFoundError) as error:
-        client.images.edit(image=b"", prompt=PROMPT)
+        client.moderations.create(input=PROMPT)
     check_form(error.value, 404)
 
 

@@ -39,6 +39,7 @@ def document(**values):
 
 # Any text may be a model's name, and is looked for.
 ANYTHING = {"/models/{id}"}
+MAKES_TASKS = ("/generate", "/edit", "/v1/images/generations", "/v1/images/edits")
 CASES = [
     (path, method, mode)
     for path, item in document()["paths"].items()
@@ -49,7 +50,8 @@ CASES = [
 ]
 # Every check is on. What a right request may be told beside the checks' own: a picture that
 # is under way is a 503 with Retry-After, one that failed a 409, a part beyond its end a 416;
-# a key's second request is a 422, an order of the list without the status that it needs a 400.
+# a key's second request is a 422, an order of the list without the status that it needs a 400,
+# and so are bytes that are no image.
 _OF_A_PICTURE = {
     "not_a_server_error": ["2xx", "3xx", "4xx", "503"],
     "positive_data_acceptance": ["2xx", "3xx", "404", "409", "416", "503"],
@@ -58,6 +60,9 @@ PROMISED = {
     "/generate": {"positive_data_acceptance": ["2xx", "422"]},
     "/tasks": {"positive_data_acceptance": ["2xx", "400"]},
     "/v1/images/generations": {"positive_data_acceptance": ["2xx", "422"]},
+    "/edit": {"positive_data_acceptance": ["2xx", "400", "413", "422"]},
+    "/v1/images/edits": {"positive_data_acceptance": ["2xx", "400", "413", "422"]},
+    "/v1/images/variations": {"positive_data_acceptance": ["404"]},
     "/images/{id}": _OF_A_PICTURE,
     "/images/{id}/thumbnail": _OF_A_PICTURE,
 }
@@ -116,7 +121,7 @@ def test_every_route_is_in_the_document(client):
     assert made["openapi"].startswith("3.1")
     told = {(m.upper(), p) for p, item in made["paths"].items() for m in item}
     rules = {
-        (method, re.sub(r"<(?:\w+:)?\w+>", "{id}", rule.rule))
+        (method, re.sub(r"<(?:\w+:)?\w+>", "{id}", rule.rule.replace("<int:number>", "{n}")))
         for rule in client.application.url_map.iter_rules()
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }
@@ -193,9 +198,9 @@ def test_the_servers_public_address_is_in_the_document():
 def test_an_idempotent_route_takes_a_key_and_tells_a_replay(client):
     paths = client.get("/openapi.json").json["paths"]
     for path, item in paths.items():
-        for operation in item.values():
+        for method, operation in item.items():
             taken = "Idempotency-Key" in [each["name"] for each in operation["parameters"]]
-            assert taken == (path in ("/generate", "/v1/images/generations")), path
+            assert taken == (method == "post" and path in MAKES_TASKS), path
             told = [r for r in operation["responses"].values() if "Idempotent-Replayed" in str(r)]
             assert (bool(told), "422" in operation["responses"]) == (taken, taken), path
 

@@ -64,6 +64,7 @@ def test_the_status_has_the_seven_keys_first_and_all_the_others(client, upstream
         *("id", "prompt", "status", "file_path", "error", "created_at", "updated_at"),
         *("error_code", "model", "params", "priority", "attempts", "queue_position"),
         *("waiting_for", "started_at", "finished_at", "image", "retried_as", "retry_of"),
+        "inputs",
     ]
     assert (task["prompt"], task["status"], task["model"]) == (
         "füchse 🦊",
