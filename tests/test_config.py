@@ -94,6 +94,8 @@ RULES = [
     ("DEFAULT_MODEL", MODEL, ["../etc"]),
     ("HOST", "a host name or an address", ["not a host", "a/b"]),
     ("MAX_PENDING", "an integer from 1 to 1000000000", ["0", "1000000001"]),
+    ("MAX_UPLOAD_MB", "an integer from 1 to 200", ["0", "201", "1.5"]),
+    ("DEFAULT_EDIT_MODEL", MODEL, ["a b", "../etc"]),
     ("MAX_PER_DAY", "an integer from 0 to 1000000000", ["-1", "1000000001"]),
     ("MODELS", "names, separated by commas", [",", " , "]),
     ("MIN_FREE_MB", "an integer from 0 to 1000000000", ["-1", "1000000001"]),
@@ -132,6 +134,8 @@ def test_a_bad_name_in_the_list_of_models_is_the_one_that_is_shown(tmp_path):
         ("DATABASE_PATH", "folder", "a file, in a folder that exists and is writable"),
         ("OUTPUT_DIR", "file", "a folder (File exists)"),
         ("OUTPUT_DIR", "file/below", "a folder (Not a directory)"),
+        ("INPUT_DIR", "file", "a folder (File exists)"),
+        ("INPUT_DIR", "file/below", "a folder (Not a directory)"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_named_in_full(tmp_path, name, value, rule):
