@@ -144,7 +144,7 @@ class Database:
         self._counting = threading.Lock()
         self._waiting = 0
         self._batch: _Batch | None = None
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()
         _refuse_foreign(path)
         self._lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -475,24 +475,35 @@ class Database:
         one in any way but by being canceled, and are of these models, if any are given.
         Raises QueueFull where there is no room for one.
         """
-        index = "tasks_unretried" if error_code else "tasks_unretried_line"
-        only = "AND error_code = :code" if error_code else "AND error_code != 'canceled'"
-        if models:
-            only += " AND model IN (SELECT value FROM json_each(:models))"
-        values = {"code": error_code, "up_to": up_to, "models": json.dumps(models)}
+        retryable, values = _retryable(error_code, models)
         with self._write() as connection:
             limit = min(limit, _free_slots(connection, max_pending))
             rows = connection.rows(
-                f"""SELECT id FROM tasks INDEXED BY {index}
-                    WHERE status = 'failed' AND retried_as IS NULL AND seq <= :up_to {only}
-                    ORDER BY seq LIMIT :limit""",
-                {**values, "limit": max(limit, 1)},
+                f"SELECT id {retryable} AND seq <= :up_to ORDER BY seq LIMIT :limit",
+                {**values, "up_to": up_to, "limit": max(limit, 1)},
             )
             if rows and limit < 1:
                 raise QueueFull
             for (id,) in rows:
                 _retry(connection, id, new_id(), now, choose_seed)
             return len(rows)
+
+    def count_retryable(
+        self, error_code: str | None, models: Sequence[str], max_pending: int | None = None
+    ) -> int:
+        """Count the tasks that `retry_failed` would add now, called again and again."""
+        retryable, values = _retryable(error_code, models)
+        with self._read() as connection:
+            found = connection.count(f"SELECT count(*) {retryable}", values)
+            return max(0, min(found, _free_slots(connection, max_pending)))
+
+    def count_pending(self, model: str | None) -> int:
+        """Count the tasks that `cancel_pending` would end now, called again and again."""
+        with self._read() as connection:
+            if model is None:
+                return _count(connection, "pending")
+            sql = "SELECT count(*) FROM tasks WHERE status = 'pending' AND model = ?"
+            return connection.count(sql, (model,))
 
     def delete(self, id: str, limits_since: float) -> bool:
         """Delete a task that is not processing, and note that its files must go.
@@ -967,8 +978,17 @@ class Database:
             self._batch = None
 
     @contextmanager
+    def at_one_instant(self) -> Iterator[None]:
+        """Let all that this thread reads in the block be as it was at one instant."""
+        with self._read():
+            yield
+
+    @contextmanager
     def _read(self) -> Iterator[_Connection]:
         with self._reading:
+            if self._reader.in_transaction:  # Of this thread: no other has the lock.
+                yield self._reader
+                return
             try:
                 self._reader.execute("BEGIN")
                 try:
@@ -1130,6 +1150,19 @@ def _match(text: str) -> str:
         if not following.startswith(word)
     ]
     return " ".join('"{}"*'.format(word.replace('"', '""')) for word in longest)
+
+
+def _retryable(error_code: str | None, models: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Return what follows SELECT for the tasks that are retried together, and its values."""
+    index = "tasks_unretried" if error_code else "tasks_unretried_line"
+    only = "error_code = :code" if error_code else "error_code != 'canceled'"
+    if models:
+        only += " AND model IN (SELECT value FROM json_each(:models))"
+    return (
+        f"""FROM tasks INDEXED BY {index}
+            WHERE status = 'failed' AND retried_as IS NULL AND {only}""",
+        {"code": error_code, "models": json.dumps(models)},
+    )
 
 
 def _retry(

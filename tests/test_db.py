@@ -813,6 +813,19 @@ def test_a_commit_that_fails_is_everyones(opened):
     assert claimed(database) == ["later"]
 
 
+def test_what_is_read_together_is_as_it_was_at_one_instant(database, tmp_path):
+    add(database, "first")
+    with database.at_one_instant():
+        before = database.queue(0.0).pending, len(database.list_queue(None, None, 9))
+        other = Database(database.path)
+        add(other, "second")
+        assert other.queue(0.0).pending == 2
+        other.close()
+        after = database.queue(0.0).pending, len(database.list_queue(None, None, 9))
+    assert (before, after) == ((1, 1), (1, 1))
+    assert database.queue(0.0).pending == 2
+
+
 def test_a_deletion_that_may_still_be_undone_removes_no_input(database):
     image = Image("image/png", "png", 1, 1, 1, "a" * 64)
     name, removed = f"{'a' * 64}.png", []

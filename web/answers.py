@@ -134,6 +134,12 @@ class Canceled(Answer):
     canceled: Annotated[int, Field(ge=0)]
 
 
+class Count(Answer):
+    """How many tasks a request of the same address by POST would mean now."""
+
+    count: Annotated[int, Field(ge=0)]
+
+
 class Model(Answer):
     """A model: `fields` in JSON Schema's words, null where nothing is known of them."""
 
@@ -191,6 +197,13 @@ class Queue(Answer):
     calls_today: int
     held: list[Hold]
     quota: Quota | None
+
+
+class QueueAndTasks(Queue, json_schema_serialization_defaults_required=False):
+    """How the queue stands, and if `tasks` are asked for, what runs and what is next."""
+
+    running: list[Task] = []
+    next: Annotated[list[Task], Field(description="pending, as they are taken")] = []
 
 
 class Resumed(Queue):

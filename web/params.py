@@ -78,6 +78,12 @@ class TasksQuery(BaseModel, extra="forbid"):
     before: Annotated[int | None, *_integer(1, 10**18 - 1, "as `next` gave it")] = None
 
 
+class QueueQuery(BaseModel, extra="forbid"):
+    """How many of the tasks that are next to list beside the queue, and all that run."""
+
+    tasks: Annotated[int | None, *_integer(1, 200)] = None
+
+
 class CancelQuery(BaseModel, extra="forbid"):
     """Which of the pending tasks to cancel; all, without a model."""
 

@@ -24,6 +24,9 @@ _CANCEL_SECONDS = 1.0
 # A place in the line as one number: the highest priority is 100, and no `seq` is so large.
 _HIGHEST, _PER_PRIORITY = 100, 10**15
 
+# More than CONCURRENCY may be.
+_MOST_RUNNING = 100
+
 bp = Blueprint("tasks", __name__)
 
 
@@ -124,6 +127,24 @@ def retry_failed() -> Response:
     return answers.Retried(retried=retried).response()
 
 
+@bp.get("/tasks/retry")
+@operation(answers.Count, query=params.RetryQuery)
+def count_retryable() -> Response:
+    """Count the tasks that would be retried."""
+    code, models = query(params.RetryQuery).error_code, _allowed_models()
+    count = service.database.count_retryable(code, models, service.config.max_pending)
+    return answers.Count(count=count).response()
+
+
+@bp.get("/tasks/cancel")
+@operation(answers.Count, query=params.CancelQuery)
+def count_pending() -> Response:
+    """Count the tasks that would be canceled."""
+    return answers.Count(
+        count=service.database.count_pending(query(params.CancelQuery).model)
+    ).response()
+
+
 @bp.post("/tasks/cancel")
 @operation(answers.Canceled, errors=(507,), query=params.CancelQuery, id="cancelPending")
 def cancel_pending() -> Response:
@@ -143,10 +164,19 @@ def delete(task_id: str) -> tuple[str, int]:
 
 
 @bp.get("/queue")
-@operation(answers.Queue)
+@operation(answers.QueueAndTasks, query=params.QueueQuery)
 def queue() -> Response:
-    """Look at the queue."""
-    return _queue().response()
+    """Look at the queue, and with `tasks` at those that run and that are next, at one instant."""
+    limit = query(params.QueueQuery).tasks
+    if limit is None:
+        return _queue().response()
+    with service.database.at_one_instant():
+        found = _queue()
+        running = service.database.list_tasks("processing", None, None, _MOST_RUNNING)
+        following = service.database.list_queue(None, None, limit)
+        shown = _all_shown([*running, *following])
+    running_shown, next_shown = shown[: len(running)], shown[len(running) :]
+    return answers.QueueAndTasks.of(found, running=running_shown, next=next_shown).response()
 
 
 @bp.post("/queue/pause")
@@ -196,7 +226,7 @@ def _retry_failed(code: str | None) -> int:
     """Retry in steps, so that the queue goes on, and none that fails meanwhile again."""
     newest = service.database.list_tasks(None, None, None, 1)
     up_to = newest[0].seq if newest else 0
-    models = [service.registry.find(name).name for name in service.config.models]
+    models = _allowed_models()
     limit, choose_seed = service.config.max_pending, service.registry.choose_seed
     retry_some = functools.partial(
         service.database.retry_failed, code, up_to, models, _new_id, choose_seed=choose_seed
@@ -209,6 +239,11 @@ def _retry_failed(code: str | None) -> int:
         if not retried:
             raise
     return retried
+
+
+def _allowed_models() -> list[str]:
+    """Return what the models of MODELS are called; none where all are allowed."""
+    return [service.registry.find(name).name for name in service.config.models]
 
 
 def _new_id() -> str:

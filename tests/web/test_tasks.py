@@ -612,6 +612,61 @@ def test_what_was_canceled_is_retried_only_by_name(client, upstream):
     assert client.post("/tasks/retry?error_code=canceled").json == {"retried": 0}
 
 
+def test_what_would_be_retried_is_counted_before(serve, upstream):
+    app = serve(MAX_ATTEMPTS=1)
+    failed(app.client, upstream)
+    upstream.decide = lambda fields: refusal(400, "no")
+    assert finished(app.client, submit(app.client, model="another"))["status"] == "failed"
+    app.client.post("/queue/pause")
+    app.client.post(f"/tasks/{submit(app.client)}/cancel")
+
+    def count(query=""):
+        answer = app.client.get(f"/tasks/retry{query}")
+        assert answer.status_code == 200
+        return answer.json["count"]
+
+    assert (count(), count("?error_code=canceled"), count("?error_code=expired")) == (2, 1, 0)
+    app.restart(MAX_PENDING=1)
+    assert count() == 1
+    app.restart(MODELS="qwen-image", MAX_PENDING=9)
+    assert (count(), count("?error_code=upstream_rejected")) == (1, 1)
+    assert app.client.post("/tasks/retry").json == {"retried": 1}
+    assert count() == 0
+    assert app.client.get("/tasks/retry?code=x").status_code == 400
+
+
+def test_what_would_be_canceled_is_counted_before(paused):
+    paused.post("/queue/pause")
+    for model in ("a", "b", "b"):
+        submit(paused, model=model)
+
+    def count(query=""):
+        answer = paused.get(f"/tasks/cancel{query}")
+        assert answer.status_code == 200
+        return answer.json["count"]
+
+    assert (count(), count("?model=b"), count("?model=c")) == (3, 2, 0)
+    assert paused.post("/tasks/cancel?model=b").json == {"canceled": 2}
+    assert (count(), count("?model=b")) == (1, 0)
+    assert paused.get("/tasks/cancel?model=").status_code == 400
+
+
+def test_the_queue_shows_what_runs_and_what_is_next(serve, upstream):
+    upstream.gate.clear()
+    client = serve(CONCURRENCY=2, SHUTDOWN_GRACE=0).client
+    first = [submit(client, f"running {n}") for n in range(2)]
+    wait_until(lambda: client.get("/queue").json["processing"] == 2)
+    late, soon = submit(client, "late"), submit(client, "soon", priority=1)
+    told = client.get("/queue?tasks=1").json
+    assert {task["id"] for task in told.pop("running")} == set(first)
+    assert [task["id"] for task in told.pop("next")] == [soon]
+    assert told.keys() == client.get("/queue").json.keys()
+    both = client.get("/queue?tasks=200").json["next"]
+    assert [(task["id"], task["queue_position"]) for task in both] == [(soon, 1), (late, 2)]
+    for query in ("tasks=0", "tasks=201", "tasks=", "tasks=x", "limit=1"):
+        assert client.get(f"/queue?{query}").status_code == 400
+
+
 @pytest.mark.parametrize("query", ["error_code=nonsense", "error_code=", "code=expired"])
 def test_an_unknown_error_code_is_refused(client, upstream, query):
     failed(client, upstream)

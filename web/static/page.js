@@ -19,9 +19,7 @@ import { inLocalTime } from "./page/words.js";
 const IDLE_MS = 4_000; // Between two looks while nothing is under way,
 const HIDDEN_MS = 60_000; // and in a tab that nobody sees.
 const AGAIN_MS = 3_000; // After a look that failed.
-const SOON_MS = 500; // While a task is about to start.
-const LOOKS = 5; // So often at most, until all answers are of one instant.
-const MOST_RUNNING = 100; // More than CONCURRENCY may be.
+const SOON_MS = 500; // While a task is about to start, or others may have ended.
 const MOST_SOUGHT = 10; // Tasks at one look that are in no list.
 
 async function watch() {
@@ -33,6 +31,7 @@ async function watch() {
       await pauseAfterLook();
     } catch (error) {
       console.debug(error);
+      known.isDue = true;
       tellAway(error);
       renderFollowed();
       await sleep(AGAIN_MS);
@@ -43,6 +42,7 @@ async function watch() {
 async function pauseAfterLook() {
   if (document.hidden) return sleep(HIDDEN_MS);
   const [task] = known.running;
+  if (known.isDue) return sleep(SOON_MS);
   if (known.pending[0]?.waiting_for?.startsWith("it is about to start")) return sleep(SOON_MS);
   if (!task) return sleep(IDLE_MS);
   const began = performance.now();
@@ -53,49 +53,35 @@ async function pauseAfterLook() {
 }
 
 async function look() {
-  let seen;
-  for (let n = 0; n < LOOKS && !seen?.isOfOneInstant; n += 1) seen = await lookOnce();
-  await findOthers(seen.found);
-  const { queue, pending, running, failed, found } = seen;
-  const isLast = (task) => found.get(task.id) === task;
-  Object.assign(known, { queue, failed });
-  known.pending = pending.filter(isLast);
-  known.running = running.filter(isLast);
-  for (const { id } of [...known.running, ...known.pending]) awaited.add(id);
+  const { filter, pendingShown } = known;
+  // What has ended stays so: it is still true when all others are asked for, at one instant.
+  const isDue = known.isDue || performance.now() - known.lastEnded > LATEST_MS;
+  known.isDue = false;
+  const newest = isDue ? await api("GET", newestPath()) : null;
+  const failed = isDue ? await listFailed(known.failedShown + 1) : known.failed;
+  const { running, next, ...queue } = await api("GET", `/queue?tasks=${pendingShown}`);
+  const shown = [...(newest?.tasks ?? known.pictures), ...failed];
+  const ended = shown.filter((task) => !isUnfinished(task));
+  const found = byId([...ended, ...next, ...running]);
+  await findOthers(found);
+  const ids = [...next, ...running].map((task) => task.id + task.status);
+  const mark = JSON.stringify([queue.pending, queue.calls_today, ids]);
+  if (mark !== known.lastMark) known.isDue = true; // Others may have ended meanwhile.
+  known.lastMark = mark;
+  Object.assign(known, { queue, failed, running: running.reverse(), pending: next });
+  for (const { id } of [...running, ...next]) awaited.add(id);
   known.followed = known.followed.map((task) => found.get(task.id) ?? task);
   known.followed = known.followed.filter((task) => found.get(task.id) !== null);
-  if (seen.newest && seen.filter === known.filter) {
-    known.lastMark = seen.mark;
+  if (newest && filter !== known.filter) {
+    known.isDue = true;
+  } else if (newest) {
     known.lastEnded = performance.now();
-    showNewest(seen.newest);
+    showNewest({ ...newest, tasks: newest.tasks.map((task) => found.get(task.id) ?? task) });
   }
   for (const task of found.values()) showEnded(task);
   tellEnded(found);
   render();
   renderOpened(found);
-}
-
-async function lookOnce() {
-  const { filter, pendingShown } = known;
-  const queue = await api("GET", "/queue");
-  const next = `/tasks?status=pending&order=queue&limit=${pendingShown}`;
-  // Only where there are any: what came since is of another instant.
-  const pending = queue.pending ? (await api("GET", next)).tasks : [];
-  const started = `/tasks?status=processing&limit=${MOST_RUNNING}`;
-  const running = queue.processing ? (await api("GET", started)).tasks.reverse() : [];
-  const ids = [...pending, ...running].map((task) => task.id + task.status);
-  const mark = JSON.stringify([queue.pending, queue.calls_today, ids]);
-  const isDue = mark !== known.lastMark || performance.now() - known.lastEnded > LATEST_MS;
-  const newest = isDue ? await api("GET", newestPath()) : null;
-  const failed = isDue ? await listFailed(known.failedShown + 1) : known.failed;
-  const shown = [...(newest?.tasks ?? known.pictures), ...failed];
-  const ended = byId(shown.filter((task) => !isUnfinished(task)));
-  const found = new Map([...byId(pending), ...byId(running), ...ended]);
-  const isOfOneInstant =
-    pending.length === Math.min(queue.pending, pendingShown) &&
-    running.length === queue.processing &&
-    found.size === pending.length + running.length + ended.size;
-  return { queue, pending, running, newest, failed, found, filter, mark, isOfOneInstant };
 }
 
 const byId = (tasks) => new Map(tasks.map((task) => [task.id, task]));

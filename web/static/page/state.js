@@ -23,6 +23,7 @@ export const known = {
   isSearching: false,
   selected: new Set(), // The ids of pictures.
   lastMark: "",
+  isDue: false, // Whether the ended tasks are to be looked at next.
   lastEnded: -LATEST_MS,
   isFirstLook: true,
   isAway: false,
@@ -66,7 +67,7 @@ export function sleep(milliseconds) {
 
 // Look again, at the ended tasks too.
 export function refresh() {
-  known.lastMark = "";
+  known.isDue = true;
   poke();
 }
 

@@ -129,17 +129,20 @@ export async function listFailed(limit) {
   return found.sort((a, b) => b.created_at.localeCompare(a.created_at)).slice(0, limit);
 }
 
-async function countRetried() {
-  let retried = 0;
-  for (const code of Object.keys(FAILURES)) {
-    let path = `/tasks?status=failed&error_code=${code}&limit=${MOST_LISTED}`;
-    while (path) {
-      const page = await api("GET", path);
-      retried += page.tasks.filter((task) => !task.retried_as).length;
-      path = page.next;
-    }
+// Return how many a POST to the path would mean, or nothing where `fault` says why.
+async function countOf(path, fault) {
+  fault.textContent = "";
+  try {
+    return (await api("GET", path)).count;
+  } catch (error) {
+    fault.textContent = sentenceOf(error);
+    return 0;
   }
-  return retried;
+}
+
+function cancelPath() {
+  const model = $("cancel-model").value;
+  return `/tasks/cancel${model && `?model=${encodeURIComponent(model)}`}`;
 }
 
 setInterval(() => {
@@ -148,14 +151,14 @@ setInterval(() => {
 askTwice(
   $("cancel-all"),
   async () => {
-    const model = $("cancel-model").value;
-    const query = model ? `?model=${encodeURIComponent(model)}` : "";
-    const done = await act($("unfinished-error"), "POST", `/tasks/cancel${query}`);
+    const done = await act($("unfinished-error"), "POST", cancelPath());
     if (done) say(`${done.canceled.toLocaleString()} canceled`);
   },
-  () => {
+  async () => {
     const model = $("cancel-model").value;
-    return `Really cancel all ${model ? `of ${model}` : known.queue.pending.toLocaleString()}?`;
+    const number = await countOf(cancelPath(), $("unfinished-error"));
+    const which = `${number.toLocaleString()}${model && ` of ${model}`}`;
+    return number ? `Really cancel all ${which}?` : "";
   },
 );
 askTwice(
@@ -165,11 +168,8 @@ askTwice(
     if (done) say(`${count(done.retried, "is", "are")} made again`);
   },
   async () => {
-    $("failed-error").textContent = "";
-    const retried = await countRetried().catch((error) => {
-      $("failed-error").textContent = sentenceOf(error);
-    });
-    return retried ? `Really make ${count(retried, "picture", "pictures")} again?` : "";
+    const number = await countOf("/tasks/retry", $("failed-error"));
+    return number ? `Really make ${count(number, "picture", "pictures")} again?` : "";
   },
 );
 $("pending-more").addEventListener("click", () => {
