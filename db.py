@@ -29,6 +29,7 @@ from records import (
     IdempotencyKey,
     Image,
     KeyReused,
+    Limits,
     LowOnDisk,
     NewHold,
     NewTask,
@@ -261,40 +262,25 @@ class Database:
         ]
 
     def claim(
-        self,
-        now: float,
-        rate_limit: tuple[int, float] | None = None,
-        max_per_day: int = 0,
-        busy: Sequence[str] = (),
+        self, now: float, rate_limit: tuple[int, float] | None = None, max_per_day: int = 0
     ) -> Task | None:
-        """Take the next task that may run and note its call, or return None.
+        """Take the next task as `claim_some` does, or return None."""
+        return next(iter(self.claim_some(1, now, Limits(rate_limit, max_per_day))), None)
 
-        None may run where so many calls were started in that many seconds, or sent today.
+    def claim_some(self, count: int, now: float, limits: Limits) -> list[Task]:
+        """Take up to so many of the next tasks that may run, and note their calls.
+
         Highest priority first, then first in, first out. Passed over are tasks that wait
-        for their next attempt, models that are held or `busy`, and all while the queue is paused.
+        for their next attempt, models that are held or of which as many calls as may be are
+        under way, and all while the queue is paused.
         The first task of a model after its hold has ended is the probe: no other task of
         that model is claimed before the probe's call has ended.
         """
         with self._write() as connection:
-            if not _may_start(connection, now, rate_limit, max_per_day):
-                return None
-            connection.execute(
-                """UPDATE tasks INDEXED BY tasks_later SET not_before = NULL
-                   WHERE status = 'pending' AND not_before <= ?""",
-                (now,),
-            )
-            rows = connection.rows(
-                f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
-                      started_at = :stamp, updated_at = :stamp
-                    WHERE seq = ({_NEXT}) AND status = 'pending'
-                    RETURNING {_COLUMNS}""",
-                {"now": now, "stamp": stamp(now), "busy": json.dumps(busy)},
-            )
-            if not rows:
-                return None
-            task = _task(rows[0])
-            _begin_call(connection, task, now)
-            return task
+            tasks: list[Task] = []
+            while len(tasks) < count and (task := _claim(connection, now, limits)):
+                tasks.append(task)
+            return tasks
 
     def next_due(self, now: float, rate_limit: tuple[int, float] | None = None) -> float | None:
         """Return when `claim` may find a task that it does not find now (epoch seconds).
@@ -317,26 +303,14 @@ class Database:
         Where the task is no longer in that call, only the call is ended; returns False.
         """
         with self._write() as connection:
-            _end_call(connection, task, end)
-            if not _end_attempt(connection, task, end, now):
-                return False
-            if end.image:
-                connection.execute(
-                    "UPDATE queue SET image_bytes = image_bytes + ?", (end.image.bytes,)
-                )
-            if end.hold:
-                _set_hold(connection, end.hold, task, now)
-            _end_probe(connection, task, end)
-            if end.pause_reason:
-                # A pause by a person stays one, but what failed then is told at its end, too.
-                connection.execute(
-                    """UPDATE queue SET
-                         paused = 1, pause_reason = iif(paused, pause_reason, :reason),
-                         pause_code = :code,
-                         failed_meanwhile = 1 + iif(pause_code = :code, failed_meanwhile, 0)""",
-                    {"reason": end.pause_reason, "code": end.outcome},
-                )
-            return True
+            return _finish(connection, task, end, now)
+
+    def finish_and_claim(
+        self, task: Task, end: Ending, now: float, limits: Limits
+    ) -> tuple[bool, Task | None]:
+        """Do as `finish` does, and take the next task that may run then, as `claim` does."""
+        with self._write() as connection:
+            return _finish(connection, task, end, now), _claim(connection, now, limits)
 
     def list_tasks(
         self,
@@ -1099,6 +1073,30 @@ def _may_start(
     return not rate_limit or _next_start(connection, *rate_limit, now) is None
 
 
+def _claim(connection: _Connection, now: float, limits: Limits) -> Task | None:
+    if not _may_start(connection, now, limits.rate, limits.per_day):
+        return None
+    connection.execute(
+        """UPDATE tasks INDEXED BY tasks_later SET not_before = NULL
+           WHERE status = 'pending' AND not_before <= ?""",
+        (now,),
+    )
+    under_way = _running(connection) if limits.at_once else Counter[str]()
+    busy = [model for model, most in limits.at_once.items() if under_way[model] >= most]
+    rows = connection.rows(
+        f"""UPDATE tasks SET status = 'processing', calls = calls + 1,
+              started_at = :stamp, updated_at = :stamp
+            WHERE seq = ({_NEXT}) AND status = 'pending'
+            RETURNING {_COLUMNS}""",
+        {"now": now, "stamp": stamp(now), "busy": json.dumps(busy)},
+    )
+    if not rows:
+        return None
+    task = _task(rows[0])
+    _begin_call(connection, task, now)
+    return task
+
+
 def _begin_call(connection: _Connection, task: Task, now: float) -> None:
     connection.execute(
         "INSERT INTO calls (task, number, started) VALUES (?, ?, ?)", (task.id, task.calls, now)
@@ -1198,6 +1196,27 @@ def _retry(
 
 def _cancel(now: float) -> dict[str, Any]:
     return {"code": CANCELED.outcome, "error": CANCELED.error, "stamp": stamp(now)}
+
+
+def _finish(connection: _Connection, task: Task, end: Ending, now: float) -> bool:
+    _end_call(connection, task, end)
+    if not _end_attempt(connection, task, end, now):
+        return False
+    if end.image:
+        connection.execute("UPDATE queue SET image_bytes = image_bytes + ?", (end.image.bytes,))
+    if end.hold:
+        _set_hold(connection, end.hold, task, now)
+    _end_probe(connection, task, end)
+    if end.pause_reason:
+        # A pause by a person stays one, but what failed then is told at its end, too.
+        connection.execute(
+            """UPDATE queue SET
+                 paused = 1, pause_reason = iif(paused, pause_reason, :reason),
+                 pause_code = :code,
+                 failed_meanwhile = 1 + iif(pause_code = :code, failed_meanwhile, 0)""",
+            {"reason": end.pause_reason, "code": end.outcome},
+        )
+    return True
 
 
 def _end_call(connection: _Connection, task: Task, end: Ending) -> None:

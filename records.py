@@ -1,6 +1,7 @@
 """What is passed between the modules: tasks, calls, holds, images, and the lists of words."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -214,6 +215,19 @@ class QueueView:
     next_start: float | None
     calls_today: int = 0
     processing_of_model: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds the calls that are started.
+
+    `rate` are so many in so many seconds, `per_day` those that are sent a day (0: no limit),
+    and `at_once` those under way at once, by model.
+    """
+
+    rate: tuple[int, float] | None = None
+    per_day: int = 0
+    at_once: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ import os
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import db
 import doorbell
@@ -33,6 +32,7 @@ from records import (
     Ending,
     Hold,
     Image,
+    Limits,
     NewHold,
     Remedy,
     Reply,
@@ -58,6 +58,7 @@ _PURGE_SECONDS = 60.0
 _PURGE_STEP = 5
 _SWEEP_STEP = 500
 _FIRST_CALL = (0.0, "", 0)
+_Result = TypeVar("_Result")
 
 log = logging.getLogger("worker")
 
@@ -95,6 +96,9 @@ class Worker:
         self.waiters = Waiters(
             database.unfinished, config.threads // 2, self._bell, self._bell_path
         )
+        models = config.file_models.items()
+        at_once = {name: model.concurrency for name, model in models if model.concurrency}
+        self._limits = Limits(rate_limit(config), config.max_per_day, at_once)
         self._clock = clock
         self._jitter = jitter
         self._draining = False
@@ -113,7 +117,7 @@ class Worker:
     def start(self, keep_running: Callable[[], bool] = lambda: True) -> None:
         """Stand by for the queue, and run it when its lock is free; once, however often called.
 
-        When `keep_running` says no, this drains: it is asked before every claim.
+        When `keep_running` says no, this drains: it is asked before any claim.
         """
         with self._starting:
             if self._thread is None:
@@ -240,9 +244,9 @@ class Worker:
         try:
             self._check_clock()
             has_more = self._do_chores()
-            while self._has_room() and not self._should_drain() and self._start_one(pool):
-                pass
-            self._cancel_requested()
+            if self._has_room() and not self._should_drain() and not self._disk_is_full:
+                self._start_some(pool)
+            has_more |= self._cancel_requested()
             self.waiters.poll()
             return min(self._seconds_until_due(), _STEP_SECONDS if has_more else MAX_SLEEP)
         except DatabaseError as error:
@@ -255,7 +259,7 @@ class Worker:
         if not self._has_room():
             return MAX_SLEEP  # Whoever makes room rings.
         now = self._clock()
-        due = self._db.next_due(now, rate_limit(self._config))
+        due = self._db.next_due(now, self._limits.rate)
         return MAX_SLEEP if due is None else min(MAX_SLEEP, max(0.0, due - now))
 
     def _do_chores(self) -> bool:
@@ -273,43 +277,28 @@ class Worker:
     def _has_room(self) -> bool:
         return len(self._running) < self._config.concurrency
 
-    def _start_one(self, pool: ThreadPoolExecutor) -> bool:
-        """Claim a task and hand it to the pool; False where none may start now."""
-        if self._disk_is_full:
-            return False
-        limit = rate_limit(self._config)
-        task = self._db.claim(self._clock(), limit, self._config.max_per_day, self._busy())
-        if task is None:
-            return False
-        token = CancelToken()
-        self._running[task.id] = task, token
-        try:
-            pool.submit(self._attempt, task, token)
-        except RuntimeError as error:
-            self._take_back(task, token, error)
-            return False
-        return True
+    def _start_some(self, pool: ThreadPoolExecutor) -> None:
+        """Claim tasks for the places that are free, and hand them to the pool."""
+        room = self._config.concurrency - len(self._running)
+        claimed = self._db.claim_some(room, self._clock(), self._limits)
+        self._running |= {task.id: (task, CancelToken()) for task in claimed}
+        for place, task in enumerate(claimed):
+            try:
+                pool.submit(self._work, *self._running[task.id])
+            except RuntimeError as error:
+                self._take_back(claimed[place:], error)
+                return
 
-    def _busy(self) -> list[str]:
-        """Return the models of which as many calls are under way as may be."""
-        running = Counter(task.model for task, _ in list(self._running.values()))
-        limits = {name: self._config.file_models.get(name) for name in running}
-        return [
-            name
-            for name, model in limits.items()
-            if model and model.concurrency and running[name] >= model.concurrency
-        ]
-
-    def _take_back(self, task: Task, token: CancelToken, error: RuntimeError) -> None:
-        """Undo a claim that the pool did not take: no thread to be had, or no interpreter."""
-        log.error("no thread for a call: %s", error, extra={"task": task.id})
-        # The pool may have kept the work for another thread: a canceled token makes no call.
-        token.cancel("shutdown")
-        end = replace(SHUTDOWN, sent=False)
-        self._write_until_accepted(
-            lambda: self._db.finish(task, end, self._clock()), self._is_over.is_set
-        )
-        self._running.pop(task.id)
+    def _take_back(self, tasks: list[Task], error: RuntimeError) -> None:
+        """Undo claims that the pool did not take: no thread to be had, or no interpreter."""
+        for task in tasks:
+            log.error("no thread for a call: %s", error, extra={"task": task.id})
+            # The pool may have kept the work for another thread: a canceled token makes no call.
+            self._running[task.id][1].cancel("shutdown")
+            end = replace(SHUTDOWN, sent=False)
+            finish = functools.partial(self._db.finish, task, end, self._clock())
+            self._write_until_accepted(finish, self._is_over.is_set)
+            self._running.pop(task.id)
         if "interpreter" in str(error):
             self.drain()
         else:
@@ -372,7 +361,7 @@ class Worker:
     def _limits_since(self) -> float:
         """Return from when on (epoch seconds) calls count for a limit, the day's or the rate's."""
         now = self._clock()
-        limit = rate_limit(self._config)
+        limit = self._limits.rate
         return min(db.midnight(now), now - limit[1] if limit else now)
 
     def _expire(self, now: float) -> bool:
@@ -385,11 +374,16 @@ class Worker:
             log.info("tasks expired", extra={"count": expired})
         return bool(expired)
 
-    def _cancel_requested(self) -> None:
-        """Cancel the calls of tasks that a client, in whichever process, has canceled."""
-        for task_id in self._db.canceling() if self._running else ():
-            if running := self._running.get(task_id):
-                running[1].cancel("canceled")
+    def _cancel_requested(self) -> bool:
+        """Cancel the calls of tasks that a client, in whichever process, has canceled.
+
+        Returns whether there may be more: a task may have been claimed a moment ago.
+        """
+        canceling = self._db.canceling() if self._running else []
+        running = [self._running.get(task_id) for task_id in canceling]
+        for _, token in filter(None, running):
+            token.cancel("canceled")
+        return None in running
 
     def _finish_deletion(self, task_id: str, file_path: str | None) -> None:
         try:
@@ -421,10 +415,21 @@ class Worker:
         for start in range(0, len(names), _SWEEP_STEP):
             self._remove_inputs(names[start : start + _SWEEP_STEP])
 
-    def _attempt(self, task: Task, token: CancelToken) -> None:
-        """Make one call for the task and write down how it ended; runs in the pool."""
-        if self._running.get(task.id) != (task, token):
-            return  # It was taken back, and perhaps claimed anew.
+    def _work(self, task: Task, token: CancelToken) -> None:
+        """Make the call of a task, and those of the next ones in its place; runs in the pool."""
+        following: Task | None = task
+        # What was taken back is perhaps claimed anew.
+        while following and self._running.get(task.id) == (task, token):
+            if following := self._attempt(task, token):
+                self._running[following.id] = following, CancelToken()
+            self._running.pop(task.id)
+            if following:
+                task, token = self._running[following.id]
+            else:
+                self._bell.ring()
+
+    def _attempt(self, task: Task, token: CancelToken) -> Task | None:
+        """Make one call for the task and write down how it ended; return the next task."""
         part = outputs.part_path(self._config, task.id)
         began = time.monotonic()
         end = self._call(task, part, token)
@@ -432,9 +437,15 @@ class Worker:
         with suppress(OSError):  # A folder that cannot be written must not stop the end.
             part.unlink(missing_ok=True)
         end = replace(end, sent=token.connected, seconds=time.monotonic() - began, host=token.host)
-        self._write_until_accepted(lambda: self._finish(task, end), self._is_over.is_set)
-        self._running.pop(task.id, None)
-        self._bell.ring()
+        write = functools.partial(self._finish_and_claim, task, end)
+        written = self._write_until_accepted(write, self._is_over.is_set)
+        if not written:
+            return None
+        is_ours, following = written
+        # Not in one with the write: tried again, that would claim another task.
+        tell = functools.partial(self._tell, task, end, is_ours)
+        self._write_until_accepted(tell, self._is_over.is_set)
+        return following
 
     def _call(self, task: Task, part: Path, token: CancelToken) -> Ending:
         """Fetch and keep the image; return how that ended."""
@@ -516,9 +527,18 @@ class Worker:
         error = f"{end.error} (attempt {attempts} of {max(attempts, maximum)})"
         return replace(end, error=error, not_before=None)
 
+    def _finish_and_claim(self, task: Task, end: Ending) -> tuple[bool, Task | None]:
+        """Write down how a call ended; return the task that takes its place, if one may."""
+        if self._disk_is_full or self._should_drain():
+            return self._db.finish(task, end, self._clock()), None
+        return self._db.finish_and_claim(task, end, self._clock(), self._limits)
+
     def _finish(self, task: Task, end: Ending) -> None:
-        """Write down how a call ended, and log it in one line."""
-        is_ours = self._db.finish(task, end, self._clock())
+        """Write down how a call ended, and tell of it."""
+        self._tell(task, end, self._db.finish(task, end, self._clock()))
+
+    def _tell(self, task: Task, end: Ending, is_ours: bool) -> None:
+        """Log in one line how a call ended, and wake those who wait for its task."""
         log.info(
             "attempt ended",
             extra={
@@ -546,19 +566,18 @@ class Worker:
             path.unlink(missing_ok=True)
 
     def _write_until_accepted(
-        self, write: Callable[[], object], gives_up: Callable[[], bool]
-    ) -> None:
+        self, write: Callable[[], _Result], gives_up: Callable[[], bool]
+    ) -> _Result | None:
         """Write, again every RETRY_SECONDS until the database takes it or `gives_up` says so."""
         while True:
             try:
-                write()
-                return
+                return write()
             except DatabaseError as error:
                 log.error("the queue waits for its database: %s", error)
             except Exception:
                 log.exception("internal server error; what it stopped is tried again")
             if gives_up() or self._is_over.wait(RETRY_SECONDS):
-                return
+                return None
 
     def _recover(self) -> None:
         """Settle what the last process to run the queue left under way, and begin anew."""

@@ -20,6 +20,7 @@ from records import (
     Ending,
     IdempotencyKey,
     Image,
+    Limits,
     NewHold,
     NewTask,
     QueueFull,
@@ -297,6 +298,41 @@ def test_nothing_is_claimed_past_the_limits_of_the_rate_and_of_the_day(database)
     assert database.claim(NOW + 120, (1, 60), 2) is None
     tomorrow = NOW - NOW % 86400 + 86400
     assert database.claim(tomorrow, (1, 60), 2).id == "c"
+
+
+def test_as_many_are_claimed_together_as_there_are_places(database):
+    add(database, "a", "b", "c")
+    tasks = database.claim_some(2, NOW, Limits())
+    assert [(task.id, task.status, task.calls) for task in tasks] == [
+        ("a", "processing", 1),
+        ("b", "processing", 1),
+    ]
+    assert [len(database.calls(name)) for name in "abc"] == [1, 1, 0]
+
+
+def test_those_that_are_claimed_together_keep_to_the_limits(database):
+    add(database, "a", "b", "c")
+    add(database, "x", model="other")
+    limits = Limits(at_once={"m": 2})
+    assert [task.id for task in database.claim_some(9, NOW, limits)] == ["a", "b", "x"]
+    add(database, "y", "z", model="other")
+    assert database.claim_some(9, NOW, Limits(rate=(4, 60))) == [database.get("c")]
+
+
+def test_the_end_of_a_call_makes_room_for_the_next(database):
+    add(database, "a", "b")
+    limits = Limits(at_once={"m": 1})
+    (task,) = database.claim_some(9, NOW, limits)
+    is_ours, following = database.finish_and_claim(task, COMPLETED, NOW, limits)
+    assert (is_ours, following) == (True, database.get("b"))
+    assert database.finish_and_claim(task, COMPLETED, NOW, limits) == (False, None)
+
+
+@pytest.mark.parametrize("end", [held(), replace(FAILED, pause_reason="401")])
+def test_what_a_call_ends_with_holds_the_next_one_too(database, end):
+    add(database, "a", "b")
+    task = database.claim(NOW)
+    assert database.finish_and_claim(task, end, NOW, Limits()) == (True, None)
 
 
 def test_the_next_thing_that_is_due_is_the_earliest(database):

@@ -481,7 +481,7 @@ def test_a_ttl_of_zero_is_for_ever(make, upstream):
 
 def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream, monkeypatch):
     q = make()
-    finish, refusals = q.db.finish, [1, 1]
+    finish, refusals = q.db.finish_and_claim, [1, 1]
 
     def flaky(*args):
         if refusals:
@@ -489,7 +489,7 @@ def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream,
             raise DatabaseError("disk is full", full=True)
         return finish(*args)
 
-    monkeypatch.setattr(q.db, "finish", flaky)
+    monkeypatch.setattr(q.db, "finish_and_claim", flaky)
     monkeypatch.setattr(queue, "RETRY_SECONDS", 0.01)
     q.start()
     q.until(q.add(), status="completed")
@@ -498,16 +498,16 @@ def test_the_end_of_a_call_is_written_once_the_database_takes_it(make, upstream,
 
 def test_an_end_that_was_written_without_a_word_keeps_its_image(make, monkeypatch):
     q = make(SHUTDOWN_GRACE=30)
-    finish, silences = q.db.finish, [1]
+    finish, silences = q.db.finish_and_claim, [1]
 
     def silent(*args):
-        is_ours = finish(*args)
+        written = finish(*args)
         if silences:
             silences.pop()
             raise DatabaseError("disk I/O error")
-        return is_ours
+        return written
 
-    monkeypatch.setattr(q.db, "finish", silent)
+    monkeypatch.setattr(q.db, "finish_and_claim", silent)
     monkeypatch.setattr(queue, "RETRY_SECONDS", 0.01)
     q.start()
     task = q.until(q.add(), status="completed")
@@ -709,6 +709,32 @@ def test_a_cancel_is_heard_while_it_drains(make, upstream):
     assert q.task(task_id).error_code == "canceled"
 
 
+def test_a_cancel_finds_a_call_that_takes_the_place_of_another(make, upstream, monkeypatch):
+    q, has_looked = make(CONCURRENCY=1), threading.Event()
+    finish, canceling = q.db.finish_and_claim, q.db.canceling
+
+    def look():
+        if found := canceling():
+            has_looked.set()
+        return found
+
+    def cancel_between(*args):
+        written = finish(*args)
+        if not has_looked.is_set():
+            # The next task is claimed, and the worker does not know of it yet.
+            upstream.gate.clear()
+            q.worker.cancel(second)
+            has_looked.wait(10)
+        return written
+
+    monkeypatch.setattr(q.db, "canceling", look)
+    monkeypatch.setattr(q.db, "finish_and_claim", cancel_between)
+    monkeypatch.setattr(queue, "MAX_SLEEP", 60.0)
+    _, second = q.add(), q.add()
+    q.start()
+    assert q.until(second, status="failed").error_code == "canceled"
+
+
 def test_a_canceled_probe_leaves_the_hold_to_the_next(make, upstream):
     upstream.decide = lambda fields: refusal(429, "later")
     q = make(CONCURRENCY=4).start()
@@ -750,13 +776,13 @@ def test_a_cancel_that_a_death_interrupts_is_kept(make, upstream):
 
 def test_nothing_is_claimed_once_it_is_no_longer_wanted(make, upstream):
     upstream.gate.clear()
-    q = make(CONCURRENCY=4)
-    for _ in range(4):
+    q = make(CONCURRENCY=2)
+    for _ in range(8):
         q.add()
     q.worker.start(lambda: not q.db.orphans())
     wait_until(q.outcomes)
     wait_until(lambda: not q.worker.is_run_by_any())
-    assert q.outcomes() == ["shutdown"]
+    assert q.outcomes() == ["shutdown", "shutdown"]
 
 
 def test_stopping_ends_every_thread_and_frees_the_lock(make):
