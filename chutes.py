@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import math
 import os
 import re
 import socket
@@ -145,14 +146,18 @@ class Watchdog:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._deadlines: dict[CancelToken, tuple[float, str]] = {}
+        self._nearest = math.inf
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
     def cancel_after(self, token: CancelToken, seconds: float, reason: str) -> None:
         """Cancel the token in that many seconds, instead of when was said before."""
         with self._changed:
-            self._deadlines[token] = time.monotonic() + seconds, reason
-            self._changed.notify()
+            deadline = time.monotonic() + seconds
+            self._deadlines[token] = deadline, reason
+            # Else the thread wakes in time by itself.
+            if deadline < self._nearest:
+                self._changed.notify()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
                 self._thread.start()
@@ -178,8 +183,8 @@ class Watchdog:
                     if deadline <= now:
                         del self._deadlines[token]
                         token.cancel(reason)
-                nearest = min((when for when, _ in self._deadlines.values()), default=None)
-                self._changed.wait(None if nearest is None else nearest - now)
+                self._nearest = min((d for d, _ in self._deadlines.values()), default=math.inf)
+                self._changed.wait(min(self._nearest - now, threading.TIMEOUT_MAX))
 
 
 class Chutes:
