@@ -26,8 +26,6 @@ from web.params import MAX_BODY
 from web.service import Service, service
 from worker import Worker
 
-# A client that takes or sends nothing for so long has no thread any more.
-STALL_SECONDS = 60.0
 # With this exit code of a worker gunicorn stops, instead of starting it again for ever.
 _GUNICORN_GIVES_UP = 4
 
@@ -125,8 +123,6 @@ def _begin() -> None:
     config = service.config
     g.began = time.monotonic()
     g.request_id = access.request_id(config)
-    if connection := request.environ.get("gunicorn.socket"):
-        connection.settimeout(STALL_SECONDS)
     # Who has a signed address was given it for this image, and may show it anywhere.
     if request.path == "/healthz" or access.is_signed(service.signer):
         return

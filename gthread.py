@@ -10,6 +10,7 @@ import re
 import select
 import selectors
 import socket
+import struct
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,6 @@ from functools import partial
 from http import HTTPStatus
 from typing import Any
 
-from gunicorn import util
 from gunicorn.config import Config
 from gunicorn.http import errors
 from gunicorn.http.parser import RequestParser
@@ -26,10 +26,12 @@ from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers.gthread import ThreadWorker
 
 # What a client may take, in seconds: for all its headers, for the next bytes of a body, for each
-# MiB of a body, to close after its last answer, and to send the rest at a stop.
+# MiB of a body, for the next bytes of an answer, to close after its last answer, and to send the
+# rest at a stop.
 HEADERS_SECONDS = 10.0
 STALL_SECONDS = 10.0
 SECONDS_PER_MIB = 60.0
+ANSWER_SECONDS = 60.0
 CLOSE_SECONDS = 2.0
 STOP_SECONDS = 1.0
 # How long a thread waits for the next request of a client that it has just answered.
@@ -75,6 +77,35 @@ class Progress(Enum):
     CLOSING = auto()  # The client has its last answer.
 
 
+class Connection(socket.socket):
+    """A connection with a client, on which the system itself bounds each wait.
+
+    gunicorn changes how long it may wait several times a request. Each time is a call of the
+    system, in which a thread gives up its turn to run, and gets it back behind all others.
+    """
+
+    def __init__(self, accepted: socket.socket):
+        family, kind, protocol = accepted.family, accepted.type, accepted.proto
+        super().__init__(family, kind, protocol, accepted.detach())
+        super().setblocking(True)
+        self._wait_at_most(socket.SO_RCVTIMEO, NEXT_SECONDS)
+        self._wait_at_most(socket.SO_SNDTIMEO, ANSWER_SECONDS)
+
+    def _wait_at_most(self, option: int, seconds: float) -> None:
+        whole, part = divmod(round(seconds * 1e6), 10**6)
+        self.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, part))
+
+    def setblocking(self, flag: bool) -> None:
+        """Change nothing."""
+
+    def settimeout(self, value: float | None) -> None:
+        """Change nothing."""
+
+    def gettimeout(self) -> float:
+        """Return how long the client may take for the next bytes of a file, for `sendfile`."""
+        return ANSWER_SECONDS
+
+
 class Reader(SocketUnreader):
     """What a client sends: the poller reads ahead, and a thread the rest of a long request."""
 
@@ -89,11 +120,10 @@ class Reader(SocketUnreader):
         self.began = self._last = time.monotonic()
         self.size = 0
 
-    def read_ahead(self) -> bool:
+    def read_ahead(self, flags: int = socket.MSG_DONTWAIT) -> bool:
         """Take what has come, without waiting; return whether the client is still there."""
-        self.sock.setblocking(False)
         try:
-            data = self.sock.recv(READ_AHEAD)
+            data = self.sock.recv(READ_AHEAD, flags)
         except OSError as error:
             is_there, data = isinstance(error, BlockingIOError), b""
         else:
@@ -125,8 +155,7 @@ class Reader(SocketUnreader):
 
     def has_next(self) -> bool:
         """Return whether the next request is there, all of it, now or in a moment."""
-        came = _is_readable(self.sock, NEXT_SECONDS) and self.read_ahead()
-        return came and self.progress is Progress.WHOLE
+        return self.read_ahead(flags=0) and self.progress is Progress.WHOLE
 
     def chunk(self, size_hint: int | None = None) -> bytes:
         """Read more of a long request. Raises TimeoutError where the client is too slow."""
@@ -227,7 +256,7 @@ class Worker(ThreadWorker):
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Answer what does not reach the application as the application does: in JSON."""
         with suppress(OSError):
-            util.write_nonblock(client, _refusal(exc, addr, self.log))
+            client.send(_refusal(exc, addr, self.log), socket.MSG_DONTWAIT)
 
     def _refuse(self, conn: Any, error: Exception) -> None:
         self.handle_error(None, conn.sock, conn.client, error)
@@ -248,6 +277,7 @@ class Worker(ThreadWorker):
 def _reader(conn: Any, worker: Worker | None = None) -> Reader:
     """Return the reader of a connection; the worker makes one where there is none."""
     if worker and not conn.initialized:
+        conn.sock = Connection(conn.sock)
         conn.parser = RequestParser(worker.cfg, conn.sock, conn.client)
         conn.parser.unreader = Reader(conn.sock, worker)
         conn.initialized = True

@@ -72,7 +72,7 @@ class logger_class(glogging.Logger):
 
     def exception(self, msg: object, *args: Any, **kwargs: Any) -> None:
         """Log a traceback, but not where a client is at fault."""
-        if isinstance(sys.exc_info()[1], TimeoutError):
+        if isinstance(sys.exc_info()[1], TimeoutError | BlockingIOError):
             self.info("client timed out")
         else:
             super().exception(msg, *args, **kwargs)

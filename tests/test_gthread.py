@@ -257,7 +257,7 @@ def test_each_mib_of_a_body_has_its_time(size, may_go_on):
 
 def test_a_client_that_takes_no_answer_is_given_up(start, upstream):
     upstream.decide = lambda fields: Answer(body=image_bytes() + bytes(20_000_000))
-    server = start("import app; app.STALL_SECONDS = 0.5", THREADS=2, WORKERS=1)
+    server = start("g.ANSWER_SECONDS = 0.5", THREADS=2, WORKERS=1)
     (task,) = server.all_end([server.submit()])
     get = f"GET /images/{task['id']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with clients(server, 2, get):
