@@ -860,9 +860,12 @@ class Database:
         log.warning("%s is brought up to date; %s is as it was", self.path, copy)
 
     def _fetch(self, sql: str, values: _Values = ()) -> list[Any]:
-        """Read all rows of one statement."""
-        with self._read() as connection:
-            return connection.rows(sql, values)
+        """Read all rows of one statement, which is a transaction by itself."""
+        with self._reading:
+            try:
+                return self._reader.rows(sql, values)
+            except sqlite3.Error as error:
+                raise self._ours(error, "read") from error
 
     def _column(self, sql: str, values: _Values = ()) -> list[str]:
         return [row[0] for row in self._fetch(sql, values)]
@@ -1396,9 +1399,10 @@ def _count(connection: _Connection, status: str) -> int:
 
 
 def _task(row: tuple[Any, ...]) -> Task:
-    task = Task(*row)
-    inputs = tuple(Image(*facts) for facts in json.loads(row[-1]))
-    return replace(task, params=json.loads(row[_PARAMS]), inputs=inputs)
+    values = list(row)
+    values[_PARAMS] = json.loads(values[_PARAMS])
+    values[-1] = tuple(Image(*facts) for facts in json.loads(values[-1]))
+    return Task(*values)
 
 
 def stamp(now: float) -> str:

@@ -122,9 +122,6 @@ def is_signed(signer: Signer) -> bool:
 
     Who was given a picture may see what it was made of.
     """
-    if request.method not in ("GET", "HEAD"):
-        return False
-    signatures = request.args.getlist("sig")
     if request.endpoint == "images.image":
         ids = [(request.view_args or {})["name"].partition(".")[0]]
     elif request.endpoint == "images.input_image":
@@ -133,6 +130,9 @@ def is_signed(signer: Signer) -> bool:
         ids = request.args.getlist("id")
     else:
         return False
+    if request.method not in ("GET", "HEAD"):
+        return False
+    signatures = request.args.getlist("sig")
     are_all = len(ids) == len(signatures) > 0
     return are_all and all(map(signer.has_signed, ids, signatures))
 

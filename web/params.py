@@ -1,5 +1,6 @@
 """What a request says beside its fields: its body, its query and its headers, as values."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -168,9 +169,9 @@ def get_model_or_404(name: str) -> Model:
 def query(model: type[_Model]) -> _Model:
     """Return the parameters of the query as the model has them, or refuse it with 400."""
     given = request.args.to_dict(flat=False)
-    are_lists = {n: get_origin(field.annotation) is list for n, field in model.model_fields.items()}
+    lists = _lists_of(model)
     try:
-        return model.model_validate({n: v if are_lists.get(n) else v[0] for n, v in given.items()})
+        return model.model_validate({n: v if n in lists else v[0] for n, v in given.items()})
     except ValidationError as error:
         violations = error.errors(include_url=False)
     unknown = [found for found in violations if found["type"] == "extra_forbidden"]
@@ -179,6 +180,12 @@ def query(model: type[_Model]) -> _Model:
         there_are = ", ".join(model.model_fields)
         raise Refusal(400, f"{name[:50]!a} is not a parameter here; there are {there_are}")
     raise Refusal(400, f"{name} must be {model.model_fields[name].description}")
+
+
+@functools.cache
+def _lists_of(model: type[BaseModel]) -> frozenset[str]:
+    fields = model.model_fields.items()
+    return frozenset(name for name, field in fields if get_origin(field.annotation) is list)
 
 
 def patience() -> float:
