@@ -11,10 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -45,6 +44,7 @@ _DETAIL_LENGTH = 300
 _MAX_WRAPPINGS = 8
 # Chutes' edge ends every call at 600 s: a gateway's error that late is about work that took long.
 EDGE_SECONDS = 300.0
+_USER_AGENT = requests.utils.default_user_agent()
 _NETWORK_FAULTS = (requests.RequestException, HTTPError, HTTPException)
 
 
@@ -243,7 +243,7 @@ class Chutes:
         deadline = time.monotonic() + self._config.task_timeout
         self._watchdog.cancel_after(token, self._config.task_timeout, "deadline")
         try:
-            with self._session(token) as session, self._post(session, url, body) as response:
+            with self._post(url, body, token) as response:
                 reply = self._reply(response)
                 if not 200 <= response.status_code < 300:
                     left = max(0, deadline - time.monotonic())
@@ -260,35 +260,34 @@ class Chutes:
         return reply
 
     @contextmanager
-    def _session(self, token: CancelToken) -> Iterator[requests.Session]:
-        """Lend this thread's session; what it has connected is closed after the call."""
-        if not hasattr(self._of_this_thread, "session"):
-            self._of_this_thread.session = _Session()
-        session: _Session = self._of_this_thread.session
-        session.adapter.token = token
-        try:
-            yield session
-        finally:
-            session.close()
-
     def _post(
-        self, session: requests.Session, url: str, body: "bytes | _Body"
-    ) -> requests.Response:
-        timeout = self._config.task_timeout
-        return session.post(
-            url,
-            data=body,
-            headers={
-                "Content-Type": "application/json",
-                "Authorization": f"Bearer {self._config.chutes_api_token}",
-                "Accept": "image/*",
-                "Accept-Encoding": "identity",
-            },
-            stream=True,
-            allow_redirects=False,
-            # Longer than the deadline, which cancels the token: it knows why the read ended.
-            timeout=(min(_CONNECT_SECONDS, timeout), timeout + _LATE_SECONDS),
-        )
+        self, url: str, body: "bytes | _Body", token: CancelToken
+    ) -> Iterator[requests.Response]:
+        """Send a request on a connection of its own, which is closed after the call.
+
+        By an adapter alone: a session would look for .netrc, proxies, cookies and redirects.
+        """
+        if not hasattr(self._of_this_thread, "adapter"):
+            self._of_this_thread.adapter = _Adapter(pool_connections=1, pool_maxsize=1)
+        adapter: _Adapter = self._of_this_thread.adapter
+        adapter.token = token
+        headers = {
+            "Content-Type": "application/json",
+            "Authorization": f"Bearer {self._config.chutes_api_token}",
+            "User-Agent": _USER_AGENT,
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+        }
+        request = requests.Request("POST", url, headers, data=body).prepare()
+        # Longer than the deadline, which cancels the token: it knows why the read ended.
+        timeout = self._config.task_timeout + _LATE_SECONDS
+        connect, began = min(_CONNECT_SECONDS, self._config.task_timeout), time.monotonic()
+        try:
+            with adapter.send(request, stream=True, timeout=(connect, timeout)) as response:
+                response.elapsed = timedelta(seconds=time.monotonic() - began)
+                yield response
+        finally:
+            adapter.close()
 
     def _stream(
         self,
@@ -507,22 +506,6 @@ class _Adapter(HTTPAdapter):
         connection = _TLSConnection if pool.scheme == "https" else _Connection
         pool.ConnectionCls = functools.partial(connection, adapter=self)
         return pool
-
-
-class _Session(requests.Session):
-    """A session of one thread: no .netrc, no proxies, no redirects, no cookies."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trust_env = False
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self.adapter = _Adapter(pool_connections=1, pool_maxsize=1, max_retries=0)
-        self.mount("http://", self.adapter)
-        self.mount("https://", self.adapter)
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        """Say that there is none: even a redirect not followed is read whole into memory."""
-        return None
 
 
 def _length(response: requests.Response) -> int:
