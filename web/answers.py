@@ -148,6 +148,9 @@ class Model(Answer):
     source: Annotated[Literal["file", "catalogue", "setting"], Field(description="who knows of it")]
     default: bool
     fields: dict[str, dict[str, Any]] | None
+    send: Annotated[
+        dict[str, Any], Field(description="fields that are sent where a request does not give them")
+    ]
     prompt: Annotated[dict[str, int], Field(description="the prompt's minLength and maxLength")]
     images: Annotated[int, Field(ge=0, description="the most input images that it takes")]
     hot: Annotated[bool | None, Field(description="whether an instance is ready")]

@@ -41,6 +41,7 @@ def _show(model: Model, default: str) -> answers.Model:
         source=model.source,
         default=model.name == default,
         fields=fields,
+        send=model.send,
         prompt=model.prompt.model_dump(exclude_unset=True),
         images=model.images.maximum if model.images else 0,
         hot=model.hot,

@@ -46,6 +46,7 @@ def test_the_models_are_listed_with_what_they_take(start):
                     "guidance_scale": {"type": "number", "minimum": 0, "maximum": 5},
                     "seed": {"type": "integer", "minimum": 0, "maximum": 9},
                 },
+                "send": {},
                 "prompt": {"minLength": 3},
                 "images": 0,
                 "hot": None,
@@ -54,6 +55,20 @@ def test_the_models_are_listed_with_what_they_take(start):
         ],
         "catalogue": None,
     }
+
+
+def test_what_is_sent_unasked_is_told(serve, tmp_path, upstream):
+    file = tmp_path / "my-models.toml"
+    file.write_text(
+        f'[sized]\nurl = "{upstream.url}"\nsend = {{ steps = 4, style = "ink" }}\n'
+        "fields = { steps = {}, style = {}, seed = {} }\n"
+    )
+    client = serve(MODELS_FILE=file, DEFAULT_MODEL="sized").client
+    (told,) = client.get("/models").json["models"]
+    task = finished(client, submit(client, seed=7))
+    assert told["send"] == {"steps": 4, "style": "ink"}
+    assert task["params"] == {**told["send"], "seed": 7}
+    assert client.get("/models/sized").json == told
 
 
 def test_a_model_is_found_by_each_name_and_else_the_nearest_are_named(start):

@@ -3,11 +3,9 @@
 import re
 import shutil
 import threading
-import tomllib
 import zipfile
 from contextlib import contextmanager
 from datetime import datetime
-from pathlib import Path
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -22,7 +20,6 @@ from werkzeug.serving import make_server
 import images
 from records import ERROR_CODES, Ending, NewTask
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.page,
@@ -304,9 +301,6 @@ def test_the_form_has_the_fields_and_the_rules_of_the_api(site, visit):
         assert rule.pop("default", None) == default, name
         (told,) = [kind for kind in known[name]["anyOf"] if kind["type"] != "null"]
         assert rule.items() <= told.items(), name
-    sent = page.evaluate("import('/page/fields.js').then((fields) => fields.SENT)")
-    models = tomllib.loads((ROOT / "models.toml").read_text())
-    assert sent == {name: model["send"] for name, model in models.items() if "send" in model}
     failures = page.evaluate("import('/page/words.js').then((words) => words.FAILURES)")
     assert {*failures, "canceled"} == set(ERROR_CODES)
 
@@ -440,6 +434,32 @@ def test_one_of_hundreds_of_models_is_found_with_the_keyboard(site, visit, upstr
     expect(page.locator(pictures)).to_have_count(1)
     (task,) = there.client.get("/tasks").json["tasks"]
     assert task["model"] == "style-129"
+
+
+SENDING = """
+[sending]
+send = { width = 640, height = 512, guidance_scale = 2.5 }
+
+[sending.fields]
+width = { type = "integer", minimum = 128, maximum = 2048 }
+height = { type = "integer", minimum = 128, maximum = 2048 }
+guidance_scale = { type = "number", minimum = 0, maximum = 20, default = 4 }
+seed = { type = "integer", minimum = 7, maximum = 7 }
+"""
+
+
+def test_what_is_sent_unasked_is_shown_as_the_default(site, visit, upstream, tmp_path):
+    page = visit(site(MODELS_FILE=file_of(tmp_path, SENDING, upstream.url)))
+    choose(page, "sending")
+    page.locator("summary").click()
+    expect(page.locator("#size option:checked")).to_have_text("640 \u00d7 512 (default)")
+    guidance = page.locator("#field-guidance_scale")
+    expect(guidance).to_have_accessible_description("0 to 20, default 2.5")
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    asked = {"prompt": "p", "seed": 7}
+    assert upstream.calls == [{**asked, "width": 640, "height": 512, "guidance_scale": 2.5}]
 
 
 def test_a_model_is_chosen_with_a_finger(site, visit, upstream, tmp_path):

@@ -17,16 +17,12 @@ export const FIELDS = {
   true_cfg_scale: { type: "number", minimum: 0, maximum: 10 },
   priority: { type: "integer", minimum: -100, maximum: 100, default: 0 },
 };
-// What models.toml sends where nothing was typed: GET /models does not tell.
-export const SENT = {
-  "qwen-image": { guidance_scale: 7.5, width: 1024, height: 1024, num_inference_steps: 20 },
-};
 const PLACEHOLDERS = { negative_prompt: "what should not be there", seed: "any" };
 
 // Return the rules of a model's fields, those of any where nothing is known of it.
 export function rulesOf(model) {
   const { priority, ...any } = FIELDS;
-  const sent = (model?.source === "file" && SENT[model.name]) || {};
+  const sent = model?.send ?? {};
   const own = Object.entries(model?.fields ?? any);
   const complete = ([name, rule]) =>
     Object.hasOwn(sent, name) ? [name, { ...rule, default: sent[name] }] : [name, rule];
