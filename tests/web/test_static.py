@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import time
 import zipfile
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,6 +19,7 @@ from upstream import Answer, image_bytes, refusal
 from werkzeug.serving import make_server
 
 import images
+from models import Model
 from records import ERROR_CODES, Ending, NewTask
 
 CHROMIUM = shutil.which("chromium")
@@ -662,6 +664,40 @@ def test_the_models_are_listed_when_a_server_that_was_away_is_back(kinds, visit)
     expect(page.locator("#field-seed")).to_have_value("3")
     assert set(page.faults) == {"Failed to load resource: net::ERR_FAILED"}
     page.faults.clear()
+
+
+def test_models_that_came_since_are_offered_and_nothing_typed_is_lost(
+    site, visit, upstream, tmp_path
+):
+    """Let a catalogue be kept after the page has its list, and hold the next list back."""
+    kinds = file_of(tmp_path, KINDS, upstream.url)
+    there = site(MODELS_FILE=kinds, CATALOGUE_URL=f"{upstream.url}/none")
+    page = visit(there)
+    choose(page, "sided")
+    page.locator("summary").click()
+    fill(page, prompt="a fox", seed="3", guidance_scale="2")
+    wait_until(lambda: there.client.get("/models").json["catalogue"]["error"])
+    new = Model(name="shapely", url=upstream.url, source="catalogue")
+    entry = new.model_dump_json(exclude_unset=True)
+    there.database.end_catalogue(time.time(), [(entry, (new.name,))])
+    held = []
+    page.route("**/models", lambda route: held.append(route))
+    fill(page, model="shap")
+    page.keyboard.press("ArrowDown")
+    expect(page.locator(options)).to_have_text(["shaped"])
+    wait_until(lambda: page.wait_for_timeout(20) or held)
+    held[0].continue_()
+    expect(page.locator(options)).to_have_text(["shaped", "shapely"])
+    expect(page.locator("#model")).to_have_value("shap")
+    expect(page.locator(f"{options}[aria-selected=true]")).to_have_text("shaped")
+    expect(page.locator("#find-model option", has_text="shapely")).to_be_attached()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_value("shapely")
+    choose(page, "sided")
+    assert len(held) == 1
+    for name, text in {"prompt": "a fox", "field-seed": "3", "field-guidance_scale": "2"}.items():
+        expect(page.locator(f"#{name}")).to_have_value(text)
 
 
 # Tasks that fail or are ended

@@ -136,9 +136,13 @@ function comeBack() {
   loadModels();
 }
 
+let listed = "";
+
 async function loadModels() {
   try {
     const { models } = await api("GET", "/models");
+    if (JSON.stringify(models) === listed) return;
+    listed = JSON.stringify(models);
     form.offerModels(models);
     find.offerModels(models.map(({ name }) => name));
   } catch (error) {
@@ -146,6 +150,8 @@ async function loadModels() {
   }
 }
 
+// They may be others since: whoever is about to choose one sees those of now.
+for (const id of ["model", "find-model"]) $(id).addEventListener("focus", loadModels);
 addEventListener("hashchange", openHash);
 document.addEventListener("visibilitychange", () => document.hidden || poke());
 watch();

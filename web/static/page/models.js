@@ -5,6 +5,7 @@ import { $, make } from "./dom.js";
 const byName = new Map(); // The models by each of their names.
 let offered = []; // Those that make a picture of a prompt alone.
 let usual = ""; // The name of the default one.
+let sought = ""; // What the open list was searched for.
 
 // Return what is known of a model, the default one where no name is given.
 export const modelOf = (name) => byName.get(name.trim() || usual);
@@ -19,7 +20,10 @@ export function takeModels(models) {
   }
   offered = models.filter((model) => !model.images);
   usual = models.find((model) => model.default)?.name ?? "";
+  // What is being typed stays as it is.
   if (document.activeElement !== $("model")) setModel($("model").value);
+  renderNote();
+  if (isOpen()) openAgain();
 }
 
 export function setModel(name) {
@@ -42,6 +46,7 @@ const active = () => $("models").querySelector("[aria-selected=true]");
 
 // Show the models whose names hold these words, or one by all of another of its names.
 function open(text) {
+  sought = text;
   const words = text.toLowerCase().split(/\s+/);
   const found = offered.filter(
     ({ name, aliases }) =>
@@ -49,6 +54,12 @@ function open(text) {
   );
   $("models").replaceChildren(...found.map(createOption));
   show(Boolean(found.length));
+}
+
+function openAgain() {
+  const name = active()?.dataset.name;
+  open(sought);
+  activateNamed(name);
 }
 
 function show(isShown) {
@@ -79,6 +90,10 @@ function openAll() {
   open("");
   $("model").select(); // What is typed next is searched for.
   const { name } = modelOf($("model").value) ?? {};
+  activateNamed(name);
+}
+
+function activateNamed(name) {
   activate([...$("models").children].find((option) => option.dataset.name === name));
 }
 
