@@ -164,6 +164,8 @@ class Generations(Generate, extra="ignore", frozen=True):
         if isinstance(size, str) and re.fullmatch(f"{_SIDE}x{_SIDE}", size):
             wanted = _in_words_of(model, size)
             fields.update((n, v) for n, v in wanted.items() if fields.get(n) is None)
+            if "size" in model.known_fields and "size" not in wanted:
+                del fields["size"]
         elif size == "auto":
             del fields["size"]
         return fields

@@ -151,6 +151,23 @@ def test_a_size_of_openais_is_asked_for_in_words_of_the_model(model, params):
     assert task.params.keys() <= {*params, "seed"}
 
 
+@pytest.mark.parametrize(
+    ("fields", "params"),
+    [
+        (["resolution", "style"], {"resolution": "1024x768"}),
+        (["style"], {}),
+        (["width", "style"], {}),
+        (["width", "height", "size"], {"width": 1024, "height": 768}),
+    ],
+)
+def test_a_size_goes_where_a_model_has_a_place_for_it_or_nowhere(fields, params):
+    any_value = dict.fromkeys(fields, models.FieldRule())
+    model = models.Model(name="m", url=models.ROUTER, fields=any_value)
+    body = json.dumps({"prompt": "a fox", "model": "m", "size": "1024x768"}).encode()
+    (task,) = schemas.parse(Generations, body, PLAIN, lambda name: model).new_tasks()
+    assert task.params == params
+
+
 def test_a_seed_of_several_images_counts_up():
     seeds = [
         task.params["seed"]
