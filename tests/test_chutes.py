@@ -18,6 +18,7 @@ import responses
 from conftest import TOKEN
 from upstream import Answer, closed_port, image_bytes, raw_server, refusal, until_gone
 
+import chutes
 from chutes import MAX_RETRY_AFTER, Canceled, CancelToken, Chutes, ChutesError
 from models import ROUTER, of_setting
 from records import Remedy
@@ -305,16 +306,27 @@ def test_retry_after_is_honoured_up_to_an_hour(call, status, value, wait):
     assert refused(call).wait == wait
 
 
-@pytest.mark.parametrize("status", [502, 504, 520, 524])
+@pytest.mark.parametrize("status", [502, 504, *range(520, 525)])
 def test_a_gateway_that_gives_up_late_is_work_that_took_too_long(
     call, upstream, monkeypatch, status
 ):
     upstream.decide = lambda fields: Answer(status, b"<html>", {"Retry-After": "7"})
-    monkeypatch.setattr("chutes.EDGE_SECONDS", 0.0)
-    error = refused(call, upstream.url)
+    with monkeypatch.context() as late:
+        late.setattr("chutes.EDGE_SECONDS", 0.0)
+        error = refused(call, upstream.url)
     assert (error.remedy, error.code) == (Remedy.RETRY, "upstream_timeout")
     assert "Lower num_inference_steps or the size" in str(error)
-    monkeypatch.setattr("chutes.EDGE_SECONDS", 300.0)
+    assert refused(call, upstream.url).remedy is Remedy.HOLD_MODEL
+
+
+def test_a_gateway_is_late_after_300_seconds():
+    assert chutes.EDGE_SECONDS == 300
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_lack_of_capacity_is_one_however_late(call, upstream, monkeypatch, status):
+    upstream.decide = lambda fields: Answer(status, b"{}")
+    monkeypatch.setattr("chutes.EDGE_SECONDS", 0.0)
     assert refused(call, upstream.url).remedy is Remedy.HOLD_MODEL
 
 

@@ -61,6 +61,14 @@ def test_a_fault_is_one_line_that_names_model_key_and_rule(load, text, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["prompt", "model", "priority", "images", "webhook", "webhook_events_filter"]
+)
+def test_what_a_request_has_by_itself_is_never_a_field(load, name):
+    with pytest.raises(ModelError, match=f"^a: fields: {name} is never a field of a model$"):
+        load(f"[a]\n{URL}\n[a.fields]\n{name} = {{}}\n")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ModelError, match="cannot be read"):
         models.load(tmp_path / "none.toml")

@@ -72,6 +72,14 @@ def test_a_name_is_looked_up_in_the_file_then_in_the_catalogue_then_in_nothing(m
     assert registry.find("nothing").fields is None
 
 
+def test_names_are_exact_in_case(make):
+    registry, _ = make([chute("new-one", "c-7")])
+    refresh(registry)
+    for name in ("New-one", "C-7", "Z-image-turbo"):
+        assert registry.find(name).source == "setting"
+        assert registry.find(name.lower()).source != "setting"
+
+
 def test_a_renamed_host_is_found_at_the_next_look_up(make, clock):
     moved = chute("new-one", url="https://elsewhere.example/generate")
     registry, _ = make([chute("new-one")], [moved])

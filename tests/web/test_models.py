@@ -1,10 +1,13 @@
 """The routes of models, and requests that name one: what is known of it says what they may hold."""
 
 import socket
+import time
 
 import pytest
 from conftest import PROMPT, finished, submit, wait_until
-from upstream import Answer, refusal
+from upstream import Answer, closed_port, refusal
+
+from models import Model
 
 TURBO = """
 ["z-image-turbo"]
@@ -80,6 +83,60 @@ def test_a_model_is_found_by_each_name_and_else_the_nearest_are_named(start):
     assert refused.status_code == 404
     assert "did you mean z-image-turbo" in refused.json["error"]
     assert client.get("/v1/models/z-image-trubo").json["error"]["code"] == "model_not_found"
+
+
+def keep(app, *found):
+    """Let the catalogue be kept that has these models."""
+    entries = [
+        (model.model_dump_json(exclude_unset=True), (model.name, *model.aliases)) for model in found
+    ]
+    app.database.end_catalogue(time.time(), entries)
+
+
+@pytest.fixture
+def catalogued(serve):
+    """Return an application whose catalogue cannot be read, and has been tried."""
+    url = f"http://127.0.0.1:{closed_port()}/"
+    app = serve(CATALOGUE_URL=url, RETRY_BACKOFF=0.01)
+    wait_until(lambda: app.client.get("/models").json["catalogue"]["error"])
+    return app
+
+
+def of_catalogue(url, **values):
+    return Model(name="new", url=url, source="catalogue", **values)
+
+
+def test_a_model_of_the_catalogue_is_told_by_name_slug_and_id(catalogued, upstream):
+    model = of_catalogue(upstream.url, aliases=["new-slug", "id-7"], hot=False, usd_per_hour=1.5)
+    keep(catalogued, model)
+    client = catalogued.client
+    told = client.get("/models/new").json
+    assert (told["source"], told["hot"], told["usd_per_hour"]) == ("catalogue", False, 1.5)
+    assert told in client.get("/models").json["models"]
+    assert [client.get(f"/models/{name}").json for name in model.aliases] == [told, told]
+    assert client.get("/v1/models/id-7").json["id"] == "new"
+
+
+def test_a_task_that_waits_goes_where_its_model_has_moved(catalogued, upstream):
+    client, gone = catalogued.client, f"http://127.0.0.1:{closed_port()}/generate"
+    keep(catalogued, of_catalogue(gone))
+    task_id = submit(client, model="new")
+    wait_until(lambda: client.get(f"/tasks/{task_id}").json["calls"])
+    assert upstream.calls == []
+    keep(catalogued, of_catalogue(upstream.url))
+    assert finished(client, task_id)["status"] == "completed"
+    assert len(upstream.calls) == 1
+
+
+def test_to_retry_all_chooses_each_seed_anew(start, upstream):
+    app = start(MAX_ATTEMPTS=1)
+    upstream.decide = lambda fields: Answer(body=b"no image")
+    ids = [submit(app.client) for _ in range(20)]
+    before = [finished(app.client, task_id)["params"] for task_id in ids]
+    assert app.client.post("/tasks/retry").json == {"retried": 20}
+    new = [app.client.get(f"/status/{task_id}").json["retried_as"] for task_id in ids]
+    after = [app.client.get(f"/status/{task_id}").json["params"] for task_id in new]
+    assert after != before  # As often as in 10**20 times.
 
 
 def test_with_models_only_those_are_listed(start):
