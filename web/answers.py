@@ -147,6 +147,7 @@ class Model(Answer):
     aliases: list[str]
     source: Annotated[Literal["file", "catalogue", "setting"], Field(description="who knows of it")]
     default: bool
+    default_edit: Annotated[bool, Field(description="the default where images come along")]
     fields: dict[str, dict[str, Any]] | None
     send: Annotated[
         dict[str, Any], Field(description="fields that are sent where a request does not give them")

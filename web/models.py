@@ -17,8 +17,8 @@ bp = Blueprint("models", __name__)
 @operation(answers.Models, id="models")
 def list_models() -> Response:
     """List the models."""
-    default = _default_name()
-    shown = [_show(model, default) for model in service.registry.known()]
+    defaults = _default_names()
+    shown = [_show(model, *defaults) for model in service.registry.known()]
     return answers.Models(models=shown, catalogue=_catalogue()).response()
 
 
@@ -26,20 +26,22 @@ def list_models() -> Response:
 @operation(answers.Model, errors=(404,), id="model")
 def get_model(name: str) -> Response:
     """Look at a model, by any of its names."""
-    return _show(get_model_or_404(name), _default_name()).response()
+    return _show(get_model_or_404(name), *_default_names()).response()
 
 
-def _default_name() -> str:
-    return service.registry.find(service.config.default_model).name
+def _default_names() -> tuple[str, str]:
+    find, config = service.registry.find, service.config
+    return find(config.default_model).name, find(config.default_edit_model).name
 
 
-def _show(model: Model, default: str) -> answers.Model:
+def _show(model: Model, default: str, default_edit: str) -> answers.Model:
     fields = None if model.fields is None else models.rules(model.fields)
     return answers.Model(
         name=model.name,
         aliases=model.aliases,
         source=model.source,
         default=model.name == default,
+        default_edit=model.name == default_edit,
         fields=fields,
         send=model.send,
         prompt=model.prompt.model_dump(exclude_unset=True),

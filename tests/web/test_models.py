@@ -45,6 +45,7 @@ def test_the_models_are_listed_with_what_they_take(start):
                 "aliases": ["z"],
                 "source": "file",
                 "default": True,
+                "default_edit": False,
                 "fields": {
                     "guidance_scale": {"type": "number", "minimum": 0, "maximum": 5},
                     "seed": {"type": "integer", "minimum": 0, "maximum": 9},
@@ -72,6 +73,12 @@ def test_what_is_sent_unasked_is_told(serve, tmp_path, upstream):
     assert told["send"] == {"steps": 4, "style": "ink"}
     assert task["params"] == {**told["send"], "seed": 7}
     assert client.get("/models/sized").json == told
+
+
+def test_the_defaults_are_told_by_the_names_of_their_models(start):
+    client = start(DEFAULT_EDIT_MODEL="z").client
+    (model,) = client.get("/models").json["models"]
+    assert (model["default"], model["default_edit"]) == (True, True)
 
 
 def test_a_model_is_found_by_each_name_and_else_the_nearest_are_named(start):
