@@ -191,7 +191,8 @@ def _text(name: str, chunks: Iterator[bytes], room: int) -> str:
         if len(text) > room:
             raise Refusal(413, f"{name[:50]} is too long: all fields may have 1 MiB")
     try:
-        return text.decode()
+        # A browser ends each line of a text with both, whatever was typed.
+        return text.decode().replace("\r\n", "\n")
     except UnicodeDecodeError:
         raise Invalid(f"{name[:50]} is not UTF-8", name) from None
 

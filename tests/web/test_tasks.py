@@ -1,6 +1,7 @@
 """Tasks and the queue over HTTP: submit, look, list, cancel, retry, delete, pause."""
 
 import hashlib
+import io
 import json
 import re
 import time
@@ -917,3 +918,10 @@ def test_every_answer_is_json_with_a_newline(client):
         answer = client.open(path, method=method)
         assert json.loads(answer.data) is not None
         assert answer.data.endswith(b"}\n")
+
+
+def test_a_line_of_a_form_ends_as_it_was_typed(client):
+    """A browser sends both signs for the end of a line."""
+    data = {"prompt": "a fox\r\nat night", "images": io.BytesIO(image_bytes())}
+    answer = client.post("/edit", data=data, content_type="multipart/form-data")
+    assert client.get(answer.headers["Location"]).json["prompt"] == "a fox\nat night"
