@@ -1,5 +1,6 @@
 """The page, in a real browser: what a person sees, hears and presses."""
 
+import base64
 import re
 import shutil
 import threading
@@ -119,6 +120,8 @@ def watch(page, site, refusals):
     def end(request):
         page.answered += request.resource_type == "fetch"
 
+    # Listened for from the start: else the first one may open before it is.
+    page.on("filechooser", lambda chooser: None)
     page.on("console", note)
     page.on("pageerror", lambda error: page.faults.append(str(error)))
     page.on("request", begin)
@@ -131,7 +134,7 @@ window.mostAtOnce = 0;
 let atOnce = 0;
 const ask = window.fetch;
 window.fetch = async (address, options) => {
-  if (String(address).startsWith("/images/")) return ask(address, options);
+  if (/^[/]images[/]|[/]inputs[/]/.test(address)) return ask(address, options);
   atOnce += 1;
   window.mostAtOnce = Math.max(window.mostAtOnce, atOnce);
   try {
@@ -407,6 +410,7 @@ def test_one_of_hundreds_of_models_is_found_with_the_keyboard(site, visit, upstr
     model = page.get_by_role("combobox", name="Model", exact=True).first
     expect(model).to_have_value("qwen-image")
     fill(page, prompt="p")
+    page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     expect(model).to_be_focused()
     expect(page.locator("#models")).to_be_hidden()
@@ -1010,7 +1014,7 @@ def test_what_was_not_asked_for_is_not_put_into_the_form(site, visit):
     expect(page.locator("#settings")).to_contain_text("7.5")
     press(page, "Use again")
     expect(page.locator("#prompt")).to_have_value(PROMPT)
-    values = page.locator("#make :is(input, select, textarea):not(#prompt)").evaluate_all(
+    values = page.locator("#make :is(input, select, textarea):not(#prompt, #files)").evaluate_all(
         "all => Object.fromEntries(all.map((one) => [one.id, one.value]))"
     )
     assert values.pop("model") == "qwen-image"
@@ -1606,6 +1610,461 @@ def test_the_key_is_asked_for_once_and_kept_for_the_tab(site, visit, browser, up
     expect(another.get_by_role("dialog")).to_be_visible()
 
 
+# Pictures that are edited
+
+
+# Notes what each form holds that is sent: text as it is, a file by its name.
+RECORD_FORMS = """
+window.forms = [];
+const append = FormData.prototype.append;
+FormData.prototype.append = function (name, value) {
+  if (name === "prompt") window.forms.push([]);
+  window.forms.at(-1).push([name, typeof value === "string" ? value : `file ${value.name}`]);
+  append.call(this, name, value);
+};
+"""
+EDITOR = "qwen-image-edit-2511"
+inputs = "#inputs li"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Return a maker of files with pictures, each in another colour."""
+    colours = iter(("red", "green", "blue", "white", "black"))
+
+    def make_files(*names):
+        paths = [tmp_path / name for name in names]
+        for path in paths:
+            kind = {"jpg": "JPEG", "webp": "WEBP"}.get(path.suffix[1:], "PNG")
+            path.write_bytes(image_bytes(kind, (30, 20), next(colours)))
+        return paths
+
+    return make_files
+
+
+def add_files(page, paths):
+    """Choose files as a person does, once it is known what the models take."""
+    expect(page.locator("#model")).not_to_have_value("")
+    with page.expect_file_chooser() as chooser:
+        press(page, "Add pictures\u2026")
+    chooser.value.set_files(paths)
+
+
+def drop_file(page, path, onto):
+    """Drop a file, and return whether the page has taken it: else the browser opens it."""
+    return page.locator(onto).evaluate(
+        """(target, [name, bytes]) => {
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/jpeg" }));
+          const told = { bubbles: true, cancelable: true, dataTransfer };
+          target.dispatchEvent(new DragEvent("dragover", told));
+          return !target.dispatchEvent(new DragEvent("drop", told));
+        }""",
+        [path.name, list(path.read_bytes())],
+    )
+
+
+def paste_picture(page, path):
+    """Copy a picture as another program does, and press the keys that paste it."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(
+        """(bytes) => navigator.clipboard.write([new ClipboardItem(
+          { "image/png": new Blob([new Uint8Array(bytes)], { type: "image/png" }) },
+        )])""",
+        list(path.read_bytes()),
+    )
+    page.keyboard.press("Control+v")
+
+
+def edit(site, path, prompt="make it night", **fields):
+    """Have a picture edited, without the browser."""
+    data = {"prompt": prompt, "images": path.open("rb"), **fields}
+    answer = site.client.post("/edit", data=data)
+    assert answer.status_code == 202, answer.json
+    return answer.json["id"]
+
+
+def sent_images(call):
+    return [base64.b64decode(image) for image in call["image_b64s"]]
+
+
+def know_key(page):
+    page.add_init_script(f"sessionStorage.setItem('key', '{KEY}')")
+
+
+def test_pictures_that_are_chosen_and_dropped_are_edited(site, visit, upstream, files):
+    paths = files("beach.png", "forest.webp", "street.jpg")
+    page = visit(site(), before=lambda page: page.add_init_script(RECORD_FORMS))
+    add_files(page, paths[:2])
+    assert drop_file(page, paths[2], "#prompt")
+    names = page.locator(f"{inputs} .name")
+    expect(names).to_have_text(["beach.png", "forest.webp", "street.jpg"])
+    for image in page.locator(f"{inputs} img").all():
+        expect(image).to_have_js_property("naturalWidth", 30)
+    expect(page.locator("#live")).to_contain_text("Added: beach.png, forest.webp")
+    expect(page.locator("#model")).to_have_value(EDITOR)
+    page.locator("summary").click()
+    fill(page, prompt="all in one\nat night", true_cfg_scale="2.5")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    (call,) = upstream.calls
+    assert sent_images(call) == [path.read_bytes() for path in paths]
+    assert (call["prompt"], call["true_cfg_scale"]) == ("all in one\nat night", 2.5)
+    assert [path for method, path, _ in page.asked if method == "POST"] == ["/edit"]
+    # The model that the server edits with was not chosen, and is not named.
+    assert page.evaluate("window.forms") == [
+        [
+            *(["prompt", "all in one\nat night"], ["true_cfg_scale", "2.5"]),
+            *(["images", f"file {path.name}"] for path in paths),
+        ]
+    ]
+
+
+def test_a_picture_is_pasted_and_text_stays_text(site, visit, upstream, files):
+    (path,) = files("beach.png")
+    page = visit(site())
+    expect(page.locator("#prompt")).to_be_focused()
+    paste_picture(page, path)
+    expect(page.locator(inputs)).to_have_count(1)
+    page.evaluate("document.activeElement.blur()")
+    paste_picture(page, path)
+    expect(page.locator(f"{inputs} .name")).to_have_text(["image.png", "image.png (2)"])
+    page.locator("#prompt").focus()
+    page.evaluate("navigator.clipboard.writeText('a fox')")
+    page.keyboard.press("Control+v")
+    expect(page.locator("#prompt")).to_have_value("a fox")
+    expect(page.locator(inputs)).to_have_count(2)
+
+
+def test_a_file_that_is_dropped_anywhere_does_not_leave_the_page(site, visit, files):
+    there = site()
+    make_one(there)
+    page = visit(there)
+    page.locator(pictures).click()
+    (path,) = files("beach.jpg")
+    assert drop_file(page, path, "#large")
+    expect(page.locator(inputs)).to_have_count(0)
+    press(page, "Close")
+    assert drop_file(page, path, "#pictures")
+    expect(page.locator(inputs)).to_have_count(1)
+    expect(page.locator("#make")).not_to_have_class(re.compile("over"))
+
+
+def test_without_its_pictures_the_form_asks_for_a_new_one_again(site, visit, upstream, files):
+    page = visit(site())
+    add_files(page, files("beach.png", "forest.png"))
+    expect(page.locator("#model")).to_have_value(EDITOR)
+    page.locator("#model").click()
+    expect(page.locator(options)).to_have_text([EDITOR, "qwen-image-edit-2509"])
+    page.keyboard.press("Escape")
+    press(page, "Remove beach.png")
+    expect(page.locator(f"{inputs} .name")).to_have_text("forest.png")
+    expect(page.locator("#images")).to_be_focused()
+    expect(page.locator("#live")).to_contain_text("Removed: beach.png")
+    press(page, "Remove forest.png")
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert [path for method, path, _ in page.asked if method == "POST"] == ["/generate"]
+
+
+@pytest.mark.parametrize("is_dragged", [False, True])
+def test_a_picture_of_the_page_is_edited_by_its_id_alone(site, visit, upstream, is_dragged):
+    there = site()
+    task_id = make_one(there)
+    page = visit(there, before=lambda page: page.add_init_script(RECORD_FORMS))
+    expect(page.locator(pictures)).to_have_count(1)
+    fill(page, prompt="make it night")
+    if is_dragged:
+        page.drag_and_drop(pictures, "#prompt")
+    for _ in range(2):
+        page.locator(pictures).click()
+        press(page, "Edit this")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        expect(page.locator("#prompt")).to_be_focused()
+        expect(page.locator(f"{inputs} .name")).to_have_text(PROMPT)
+    expect(page.locator(f"{inputs} img")).to_have_js_property("naturalWidth", 64)
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    assert page.evaluate("window.forms") == [[["prompt", "make it night"], ["images", task_id]]]
+    assert sent_images(upstream.calls[1]) == [image_bytes()]
+
+
+def test_a_model_that_takes_no_pictures_is_told_with_what_to_do(site, visit, upstream, files):
+    page = visit(site())
+    expect(page.locator("#model")).not_to_have_value("")
+    choose(page, "z-image-turbo")
+    add_files(page, files("beach.png"))
+    expect(page.locator("#model")).to_have_value("z-image-turbo")
+    expect(page.locator("#fit")).to_have_text("z-image-turbo takes no pictures.")
+    expect(page.locator("#live")).to_contain_text("z-image-turbo takes no pictures.")
+    fill(page, prompt="make it night")
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Pictures to edit")
+    expect(page.locator("#images")).to_be_focused()
+    assert not [path for method, path, _ in page.asked if method == "POST"]
+    press(page, "Remove the pictures")
+    expect(page.locator(inputs)).to_have_count(0)
+    expect(page.locator("#fit")).to_be_empty()
+    expect(page.locator("#images")).to_be_focused()
+    expect(page.locator("#model")).to_have_value("z-image-turbo")
+    add_files(page, files("forest.png"))
+    press(page, f"Use {EDITOR}")
+    expect(page.locator("#model")).to_have_value(EDITOR)
+    expect(page.locator("#model")).to_be_focused()
+    expect(page.locator("#use-editor")).to_be_hidden()
+    expect(page.locator("#make-error")).to_be_empty()
+    page.keyboard.press("Escape")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert len(sent_images(upstream.calls[0])) == 1
+
+
+def test_what_is_no_picture_or_one_too_many_is_told_at_once(site, visit, tmp_path, upstream, files):
+    one = '[editor]\nimages = { field = "image_b64s", minimum = 1, maximum = 3 }\n'
+    another = '[single]\nimages = { field = "image_b64", minimum = 1, maximum = 1 }\n'
+    models = file_of(tmp_path, one + another, upstream.url)
+    page = visit(site(MODELS_FILE=models, DEFAULT_EDIT_MODEL="editor"))
+    (tmp_path / "notes.txt").write_text("x")
+    add_files(page, tmp_path / "notes.txt")
+    error = page.locator("#inputs-error")
+    expect(error).to_have_text("notes.txt is no PNG, JPEG or WebP picture.")
+    expect(error).to_have_role("alert")
+    expect(page.locator("#model")).to_have_value("qwen-image")
+    add_files(page, files("a.png", "b.png", "c.png", "d.png"))
+    expect(page.locator(inputs)).to_have_count(3)
+    expect(error).to_have_text("d.png was left out: editor takes at most 3 pictures.")
+    choose(page, "single")
+    expect(page.locator("#fit")).to_have_text("single takes at most 1 picture: remove 2.")
+    fill(page, prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text("Please correct: Pictures to edit")
+    press(page, "Remove a.png")
+    press(page, "Remove b.png")
+    expect(error).to_be_empty()
+    expect(page.locator("#make-error")).to_be_empty()
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert base64.b64decode(upstream.calls[0]["image_b64"]) == (tmp_path / "c.png").read_bytes()
+    press(page, "Remove c.png")
+    expect(page.locator("#fit")).to_have_text("single edits pictures: add one.")
+
+
+def test_the_servers_refusals_name_the_picture_and_leave_all_in_the_form(
+    site, visit, tmp_path, files
+):
+    there = site(MAX_UPLOAD_MB=1)
+    task_id = make_one(there)
+    page = visit(there, refusals=[400, 413])
+    good, broken = files("good.png", "broken.png")
+    broken.write_bytes(broken.read_bytes()[:40])
+    add_files(page, [good, broken])
+    fill(page, prompt="make it night")
+    press(page, "Make the picture")
+    sentence = "broken.png ends early, or does not decode: send the whole file"
+    expect(page.locator("#images")).to_have_accessible_description(sentence)
+    expect(page.locator("#images")).to_be_focused()
+    expect(page.locator("#make-error")).to_have_text("Please correct: Pictures to edit")
+    expect(page.locator(inputs)).to_have_count(2)
+    press(page, "Remove broken.png")
+    expect(page.locator("#make-error")).to_be_empty()
+    large = tmp_path / "large.png"
+    large.write_bytes(good.read_bytes() + bytes(2**21))
+    add_files(page, large)
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_contain_text("1 MiB")
+    expect(page.locator(f"{inputs} .name")).to_have_text(["good.png", "large.png"])
+    expect(page.locator("#prompt")).to_have_value("make it night")
+    press(page, "Remove large.png")
+    page.locator(pictures).click()
+    press(page, "Edit this")
+    there.client.delete(f"/tasks/{task_id}")
+    press(page, "Make the picture")
+    gone = f"{PROMPT} is no longer there"
+    expect(page.locator("#images")).to_have_accessible_description(gone)
+
+
+def test_a_file_that_has_changed_since_is_told_and_can_be_added_again(site, visit, files):
+    page = visit(site())
+    (path,) = files("beach.png")
+    add_files(page, path)
+    expect(page.locator(f"{inputs} img")).to_have_js_property("naturalWidth", 30)
+    path.unlink()
+    fill(page, prompt="make it night")
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_have_text(
+        "beach.png cannot be read: remove it, or add it again"
+    )
+    press(page, "Remove beach.png")
+    add_files(page, files("beach.png"))
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+
+
+def test_pictures_are_sent_once_and_it_shows_that_they_are_under_way(site, visit, upstream, files):
+    there = site()
+    page = visit(there)
+    held = []
+    page.route("**/edit", lambda route: held.append(route))
+    add_files(page, files("beach.png"))
+    fill(page, prompt="make it night")
+    button = page.locator("#submit")
+    button.dblclick(delay=100)
+    expect(button).to_have_text("Sending the pictures\u2026")
+    expect(button).to_have_attribute("aria-disabled", "true")
+    expect(button).to_be_focused()
+    expect(page.locator("#live")).to_contain_text("Sending the pictures")
+    page.keyboard.press("Enter")
+    wait_until(lambda: page.wait_for_timeout(20) or held)
+    (route,) = held
+    route.continue_()
+    expect(page.locator(pictures)).to_have_count(1)
+    expect(button).to_have_text("Make the picture")
+    expect(button).to_have_attribute("aria-disabled", "false")
+    expect(page.locator(inputs)).to_have_count(1)
+    assert (len(held), len(upstream.calls)) == (1, 1)
+
+
+def test_a_lost_answer_makes_no_second_edit(site, visit, upstream, files):
+    page = visit(site())
+    add_files(page, files("beach.png", "forest.png"))
+    fill(page, prompt="make it night")
+    page.evaluate(
+        """() => {
+          const ask = window.fetch;
+          window.fetch = async (address, options) => {
+            const answer = await ask(address, options);
+            if (address !== "/edit") return answer;
+            window.fetch = ask;
+            throw new TypeError("the answer is lost");
+          };
+        }"""
+    )
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_contain_text("is not made twice")
+    expect(page.locator(inputs)).to_have_count(2)
+    press(page, "Make the picture")
+    expect(page.locator("#make-error")).to_be_empty()
+    expect(page.locator(f"{followed} .state")).to_have_text("Done")
+    press(page, "Remove forest.png")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(2)
+    assert [len(call["image_b64s"]) for call in upstream.calls] == [2, 1]
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_task_shows_what_it_edits_and_what_came_of_it(site, visit, upstream, files, width):
+    upstream.gate.clear()
+    there = site()
+    page = visit(there, viewport={"width": width, "height": 900})
+    add_files(page, files("beach.png", "forest.png"))
+    fill(page, prompt="make it night")
+    press(page, "Make the picture")
+    for name in ("#unfinished", "#followed"):
+        small = page.locator(f"{name} img")
+        expect(small).to_have_attribute("alt", "Edits this picture and 1 more")
+        expect(small).to_have_js_property("naturalWidth", 30)
+    expect(page.locator(tiles)).to_have_count(1)
+    expect(page.locator("#pictures li")).to_contain_text("Edited")
+    page.locator(tiles).click()
+    before = page.locator("#before img")
+    expect(before).to_have_count(2)
+    expect(page.locator("#after")).to_be_hidden()
+    upstream.gate.set()
+    after = page.get_by_role("img", name="make it night", exact=True).first
+    expect(after).to_have_js_property("naturalWidth", 64)
+    expect(page.locator("#after")).to_have_text("After")
+    alts = ["Picture 1 of 2 that is edited", "Picture 2 of 2 that is edited"]
+    for image, alt in zip(before.all(), alts, strict=True):
+        expect(image).to_have_attribute("alt", alt)
+        expect(image).to_have_js_property("naturalWidth", 30)
+        expect(image).to_be_in_viewport(ratio=0.99)
+    made, edited = page.locator("#frame").bounding_box(), before.first.bounding_box()
+    assert made["width"] * made["height"] > edited["width"] * edited["height"]
+    if width == 390:
+        assert edited["y"] >= made["y"] + made["height"]
+    else:
+        assert edited["x"] >= made["x"] + made["width"]
+    press(page, "Close")
+    make_one(there, "not an edit")
+    expect(page.locator(pictures)).to_have_count(2)
+    page.locator(pictures).first.click()
+    expect(page.locator("#large-prompt")).to_have_text("not an edit")
+    expect(before).to_have_count(0)
+    expect(page.locator("#after")).to_be_hidden()
+    press(page, "Close")
+    expect(page.locator("#pictures .caption")).to_have_count(1)
+
+
+def test_an_input_whose_file_is_gone_is_said_to_be(site, visit, tmp_path, files):
+    there = site()
+    task_id = edit(there, *files("beach.png"))
+    finished(there.client, task_id)
+    for file in (tmp_path / "inputs").glob("*.png"):
+        file.unlink()
+    page = visit(there, refusals=[410])
+    page.locator(pictures).click()
+    expect(page.locator("#before")).to_contain_text("It cannot be shown.")
+    press(page, "Use again")
+    press(page, "Make the picture")
+    sentence = "Picture 1, as before cannot be read: remove it, or add it again"
+    expect(page.locator("#make-error")).to_have_text(sentence)
+
+
+@pytest.mark.parametrize("keys", [{}, {"API_KEYS": KEYS}])
+def test_an_edit_is_used_again_with_its_pictures(site, visit, upstream, files, keys):
+    there = site(**keys)
+    if keys:
+        there.client.environ_base["HTTP_X_API_KEY"] = KEY
+    (path,) = files("beach.png")
+    finished(there.client, edit(there, path, true_cfg_scale="2"))
+    make_one(there, "not an edit")
+    page = visit(there, before=know_key if keys else None)
+    page.locator(pictures).last.click()
+    before = page.locator("#before img")
+    expect(before).to_have_js_property("naturalWidth", 30)
+    expect(before).to_have_attribute("src", re.compile("^blob:" if keys else "^/tasks/"))
+    press(page, "Use again")
+    expect(page.locator(f"{inputs} .name")).to_have_text("Picture 1, as before")
+    expect(page.locator(f"{inputs} img")).to_have_js_property("naturalWidth", 30)
+    expect(page.locator("#model")).to_have_value(EDITOR)
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(3)
+    first, _, again = upstream.calls
+    assert sent_images(again) == [path.read_bytes()]
+    assert {**again, "seed": 0} == {**first, "seed": 0}
+    page.locator(pictures).nth(1).click()
+    press(page, "Use again")
+    expect(page.locator(inputs)).to_have_count(0)
+    expect(page.locator("#model")).to_have_value("qwen-image")
+
+
+def test_an_edit_is_made_with_the_keyboard_alone(site, visit, upstream, files):
+    page = visit(site())
+    expect(page.locator("#model")).not_to_have_value("")
+    page.keyboard.type("make it night")
+    page.keyboard.press("Tab")
+    add = page.get_by_role("button", name="Add pictures\u2026")
+    expect(add).to_be_focused()
+    expect(add).to_have_accessible_description("chosen, dropped or pasted")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(files("beach.png", "forest.png"))
+    expect(page.locator(inputs)).to_have_count(2)
+    expect(page.get_by_role("group", name="Pictures to edit")).to_be_visible()
+    page.keyboard.press("Shift+Tab")
+    removal = page.get_by_role("button", name="Remove forest.png", exact=True)
+    expect(removal).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(add).to_be_focused()
+    expect(page.locator(f"{inputs} .name")).to_have_text("beach.png")
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert len(sent_images(upstream.calls[0])) == 1
+
+
 # For everybody
 
 
@@ -1670,6 +2129,34 @@ def test_axe_finds_nothing(site, visit, upstream, scheme, width):
         page.locator(pictures).first.click()
         expect(page.locator("#calls li")).to_have_count(1)
         check_axe(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_axe_finds_nothing_where_pictures_are_edited(
+    site, visit, upstream, files, tmp_path, scheme, width
+):
+    there = site()
+    long_name = f"{'w' * 200}.png"
+    beach, long = files("beach.png", long_name)
+    upstream.decide = lambda fields: Answer() if "night" in fields["prompt"] else refusal(400, "no")
+    for prompt in ("make it night", "bad"):
+        finished(there.client, edit(there, beach, prompt))
+    look = {"color_scheme": scheme, "viewport": {"width": width, "height": 900}}
+    page = visit(there, **look)
+    (tmp_path / "notes.txt").write_text("x")
+    add_files(page, [beach, long, tmp_path / "notes.txt"])
+    expect(page.locator("#inputs-error")).not_to_be_empty()
+    fill(page, model="z-image-turbo", prompt="p")
+    press(page, "Make the picture")
+    expect(page.locator("#images")).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#failed .input")).to_have_js_property("naturalWidth", 30)
+    check_axe(page)
+    assert page.evaluate("document.scrollingElement.scrollWidth - innerWidth") <= 0
+    page.locator(pictures).click()
+    expect(page.locator("#before img")).to_have_js_property("naturalWidth", 30)
+    expect(page.locator("#calls li")).to_have_count(1)
+    check_axe(page)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

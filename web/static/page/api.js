@@ -3,7 +3,8 @@
 import { $ } from "./dom.js";
 
 export const WAIT_SECONDS = 5; // The long poll on the task that runs longest.
-const SILENCE_MS = 20_000; // After so long without an answer the server is taken to be away.
+const SILENCE_MS = 20_000; // After so long without an answer the server is taken to be away,
+const UPLOAD_MS = 300_000; // or, where files are on their way to it over a slow line, after so long.
 
 export class Refusal extends Error {
   constructor(message, status) {
@@ -29,7 +30,8 @@ export function api(method, path, options = {}) {
 
 async function send(method, path, { body, headers = {}, signal } = {}) {
   for (;;) {
-    const silence = AbortSignal.timeout(SILENCE_MS);
+    const isUpload = body instanceof FormData; // Whose type the browser names.
+    const silence = AbortSignal.timeout(isUpload ? UPLOAD_MS : SILENCE_MS);
     const answer = await fetch(path, {
       method,
       body,
@@ -37,7 +39,7 @@ async function send(method, path, { body, headers = {}, signal } = {}) {
       cache: "no-store",
       headers: {
         ...headers,
-        ...(body && { "Content-Type": "application/json" }),
+        ...(body && !isUpload && { "Content-Type": "application/json" }),
         ...(key && { "X-API-Key": key }),
       },
     });

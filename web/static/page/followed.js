@@ -21,7 +21,7 @@ export function renderFollowed() {
 function update(item, task) {
   updateTask(item, task, buttons);
   item.firstChild.textContent = task.prompt;
-  if (!task.image || item.querySelector("img")) return;
+  if (!task.image || item.querySelector(".thumbnail")) return;
   const image = make("img", { alt: "", width: 64, height: 64 });
   const link = make("a", { className: "thumbnail", href: `#${task.id}` }, image);
   link.setAttribute("aria-label", "Open the picture");

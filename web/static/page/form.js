@@ -3,6 +3,9 @@
 import { api, sentenceOf } from "./api.js";
 import { $, make, say } from "./dom.js";
 import { lengthOf, promptRuleOf, read } from "./fields.js";
+import {
+  addTask, bodyWith, hasInputs, idsOfInputs, mismatch, renderFit, sentenceAboutInputs, useInputs,
+} from "./inputs.js";
 import { modelOf, setModel, takeModels } from "./models.js";
 import { controlOf, fieldNames, readFields, reveal, showFields, useSettings } from "./settings.js";
 import { follow, poke } from "./state.js";
@@ -24,7 +27,9 @@ function readForm() {
     (name, value) => fields.set(name, value),
     (name, sentence) => faults.set(name, sentence),
   );
-  if (model) fields.set("model", model);
+  if (mismatch()) faults.set("images", mismatch());
+  const isLeftOut = hasInputs() && modelOf(model)?.default_edit;
+  if (model && !isLeftOut) fields.set("model", model);
   return { fields: Object.fromEntries(fields), faults };
 }
 
@@ -32,23 +37,26 @@ function readForm() {
 
 let lost = null; // A request whose answer was lost: it is sent again under the same key.
 let isSending = false;
-let sent = { body: "", at: -TWICE_MS };
+let sent = { asked: "", at: -TWICE_MS };
 
 async function submit(event) {
   event.preventDefault();
   const { fields, faults } = readForm();
   const body = JSON.stringify(fields);
-  const isSlip = body === sent.body && performance.now() - sent.at < TWICE_MS;
+  const asked = body + idsOfInputs();
+  const isSlip = asked === sent.asked && performance.now() - sent.at < TWICE_MS;
   if (isSending || isSlip) return;
   showFaults(faults);
   if (faults.size) return;
-  lost = lost?.body === body ? lost : { body, key: randomKey() };
-  isSending = true;
+  lost = lost?.asked === asked ? lost : { asked, key: randomKey() };
+  showSending(true);
   try {
     const headers = { "Idempotency-Key": lost.key };
-    const added = await api("POST", "/generate", { body, headers });
+    const added = hasInputs()
+      ? await api("POST", "/edit", { body: await bodyWith(fields), headers })
+      : await api("POST", "/generate", { body, headers });
     lost = null;
-    sent = { body, at: performance.now() };
+    sent = { asked, at: performance.now() };
     follow({ ...added, prompt: fields.prompt });
     say("The picture is in the queue");
   } catch (error) {
@@ -56,9 +64,18 @@ async function submit(event) {
     if (error.status >= 400 && error.status < 500) lost = null;
     showRefusal(error);
   } finally {
-    isSending = false;
+    showSending(false);
     poke();
   }
+}
+
+// The button keeps its focus; with pictures it may take a while.
+function showSending(isOn) {
+  isSending = isOn;
+  const isUpload = isOn && hasInputs();
+  $("submit").setAttribute("aria-disabled", isUpload);
+  $("submit").textContent = isUpload ? "Sending the pictures…" : "Make the picture";
+  if (isUpload) say("Sending the pictures");
 }
 
 function randomKey() {
@@ -76,6 +93,8 @@ function showRefusal(error) {
     return;
   }
   const faults = error.status === 400 ? faultsOf(error.message) : new Map();
+  const sentence = sentenceAboutInputs(error.message);
+  if (sentence) faults.set("images", sentence);
   showFaults(faults, faults.size ? "" : error.message);
 }
 
@@ -130,22 +149,34 @@ export function offerModels(models) {
 function showModel() {
   const model = modelOf($("model").value);
   $("prompt-hint").textContent = lengthOf(promptRuleOf(model));
+  renderFit();
   if (showFields(model)) settle();
 }
 
 export function useAgain(task) {
   $("prompt").value = task.prompt;
+  useInputs(task);
   setModel(task.model);
   showModel();
   useSettings({ ...task.params, priority: task.priority });
   showFaults(new Map());
+  goTo();
+}
+
+// Put the picture of a task into the form, to be edited.
+export function edit(task) {
+  addTask(task);
+  goTo();
+}
+
+function goTo() {
   $("make").scrollIntoView({ block: "center" });
   $("prompt").focus();
 }
 
 showModel();
 $("make").addEventListener("submit", submit);
-$("model").addEventListener("input", showModel);
+for (const id of ["model", "images"]) $(id).addEventListener("input", showModel);
 $("make").addEventListener("input", ({ target }) => {
   clearFault(target);
   settle();

@@ -1,6 +1,7 @@
 // The gallery: what is being made and the pictures, or what was searched for.
 
 import { api } from "./api.js";
+import { markEdit } from "./before.js";
 import { $, make, say } from "./dom.js";
 import { nearby } from "./images.js";
 import { sync } from "./list.js";
@@ -107,6 +108,7 @@ function createTile(task) {
 
 function updateTile(item, task) {
   const [link, pick] = item.children;
+  markEdit(item, task);
   const kind = task.image ? "image" : "words";
   if (link.className.split(" ")[0] !== kind) {
     link.className = kind;

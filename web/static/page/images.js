@@ -7,7 +7,7 @@ const DOWNLOADS_AT_ONCE = 4;
 let downloads = 0;
 const downloadsWaiting = [];
 
-export async function download(path) {
+export async function fetchBlob(path) {
   if (downloads >= DOWNLOADS_AT_ONCE) await new Promise((go) => downloadsWaiting.push(go));
   downloads += 1;
   try {
@@ -18,12 +18,14 @@ export async function download(path) {
       answer = await ask();
     }
     if (!answer.ok) throw new Refusal(`The server answered ${answer.status}`, answer.status);
-    return URL.createObjectURL(await answer.blob());
+    return await answer.blob();
   } finally {
     downloads -= 1;
     downloadsWaiting.shift()?.();
   }
 }
+
+export const download = async (path) => URL.createObjectURL(await fetchBlob(path));
 
 export async function show(image, path) {
   image.dataset.path = path;

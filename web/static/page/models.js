@@ -3,12 +3,28 @@
 import { $, make } from "./dom.js";
 
 const byName = new Map(); // The models by each of their names.
-let offered = []; // Those that make a picture of a prompt alone.
-let usual = ""; // The name of the default one.
 let sought = ""; // What the open list was searched for.
+let all = [];
+let areEditors = false; // Whether those are offered that edit pictures, or the others.
+
+const offered = () => all.filter((model) => Boolean(model.images) === areEditors);
+
+// Return the name of the default one.
+function usual() {
+  const isUsual = (model) => (areEditors ? model.default_edit : model.default);
+  return (all.find(isUsual) ?? (areEditors ? offered()[0] : null))?.name ?? "";
+}
 
 // Return what is known of a model, the default one where no name is given.
-export const modelOf = (name) => byName.get(name.trim() || usual);
+export const modelOf = (name) => byName.get(name.trim() || usual());
+
+// Offer those that edit pictures, or the others; where none was chosen, the default one changes.
+export function offerEditors(areWanted) {
+  if (areWanted === areEditors) return;
+  const isChosen = !["", usual()].includes($("model").value.trim());
+  areEditors = areWanted;
+  if (!isChosen) setModel("");
+}
 
 // Take the models as the server lists them: of two with the same name, the first has it.
 export function takeModels(models) {
@@ -18,8 +34,7 @@ export function takeModels(models) {
       if (!byName.has(name)) byName.set(name, model);
     }
   }
-  offered = models.filter((model) => !model.images);
-  usual = models.find((model) => model.default)?.name ?? "";
+  all = models;
   // What is being typed stays as it is.
   if (document.activeElement !== $("model")) setModel($("model").value);
   renderNote();
@@ -27,7 +42,7 @@ export function takeModels(models) {
 }
 
 export function setModel(name) {
-  $("model").value = name.trim() || usual;
+  $("model").value = name.trim() || usual();
   renderNote();
 }
 
@@ -48,7 +63,7 @@ const active = () => $("models").querySelector("[aria-selected=true]");
 function open(text) {
   sought = text;
   const words = text.toLowerCase().split(/\s+/);
-  const found = offered.filter(
+  const found = offered().filter(
     ({ name, aliases }) =>
       words.every((word) => name.toLowerCase().includes(word)) || aliases.includes(text.trim()),
   );

@@ -1,6 +1,7 @@
 // Tasks in lists: those that run or wait, and those that failed.
 
 import { api, clockAhead, sentenceOf } from "./api.js";
+import { showInput } from "./before.js";
 import { $, askTwice, button, make, say } from "./dom.js";
 import { useAgain } from "./form.js";
 import { sync } from "./list.js";
@@ -62,6 +63,7 @@ export function createTask(task, fault) {
 
 export function updateTask(item, task, buttons = buttonsOf) {
   showState(item, task);
+  showInput(item, task);
   const kind = `${task.status} ${task.retried_as}`;
   if (item.dataset.kind === kind) return;
   item.dataset.kind = kind;

@@ -1,8 +1,9 @@
 // One task, large.
 
 import { api, sentenceOf } from "./api.js";
+import { renderBefore } from "./before.js";
 import { $, askTwice, make, say } from "./dom.js";
-import { useAgain } from "./form.js";
+import { edit, useAgain } from "./form.js";
 import { loadMore, renderGallery } from "./gallery.js";
 import { letGo, show, whyNot } from "./images.js";
 import { act, deleteTask, isUnfinished, known, poke } from "./state.js";
@@ -60,6 +61,8 @@ function renderLarge(task, calls) {
   $("large-error").textContent = "";
   $("large-prompt").textContent = task.prompt;
   renderFrame(task);
+  renderBefore(task);
+  $("edit").hidden = !task.image;
   const at = known.pictures.findIndex((one) => one.id === task.id);
   $("previous").disabled = at < 1;
   $("next").disabled = at < 0 || at + 1 >= known.pictures.length;
@@ -149,6 +152,7 @@ function closed() {
   $("pictures").querySelector(`[href="#${known.opened?.id}"]`)?.focus();
   known.opened = null;
   letGo($("large-image"));
+  renderBefore({});
   if (location.hash) history.replaceState(null, "", location.pathname);
 }
 
@@ -177,12 +181,14 @@ $("large-image").addEventListener("load", () => {
 $("previous").addEventListener("click", () => step(-1));
 $("next").addEventListener("click", () => step(1));
 $("close").addEventListener("click", () => $("large").close());
-$("use").addEventListener("click", () => {
-  const task = known.opened;
-  known.opened = null; // So that focus does not go back to the picture.
-  $("large").close();
-  useAgain(task);
-});
+for (const [id, act] of [["use", useAgain], ["edit", edit]]) {
+  $(id).addEventListener("click", () => {
+    const task = known.opened;
+    known.opened = null; // So that focus does not go back to the picture.
+    $("large").close();
+    act(task);
+  });
+}
 $("again").addEventListener("click", async () => {
   const { id } = known.opened;
   $("again").disabled = true;

@@ -4,6 +4,7 @@ import { clockAhead } from "./api.js";
 
 const LABELS = {
   __proto__: null,
+  images: "Pictures to edit",
   num_inference_steps: "Steps",
   true_cfg_scale: "True CFG scale",
 };
