@@ -1664,14 +1664,15 @@ def drop_file(page, path, onto):
     )
 
 
-def paste_picture(page, path):
-    """Copy a picture as another program does, and press the keys that paste it."""
+def paste(page, path, text=None):
+    """Copy a picture, maybe with a text, as other programs do, and press the keys that paste it."""
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.evaluate(
-        """(bytes) => navigator.clipboard.write([new ClipboardItem(
-          { "image/png": new Blob([new Uint8Array(bytes)], { type: "image/png" }) },
-        )])""",
-        list(path.read_bytes()),
+        """([bytes, text]) => navigator.clipboard.write([new ClipboardItem({
+          "image/png": new Blob([new Uint8Array(bytes)], { type: "image/png" }),
+          ...(text && { "text/plain": new Blob([text], { type: "text/plain" }) }),
+        })])""",
+        [list(path.read_bytes()), text],
     )
     page.keyboard.press("Control+v")
 
@@ -1724,14 +1725,13 @@ def test_a_picture_is_pasted_and_text_stays_text(site, visit, upstream, files):
     (path,) = files("beach.png")
     page = visit(site())
     expect(page.locator("#prompt")).to_be_focused()
-    paste_picture(page, path)
+    paste(page, path)
     expect(page.locator(inputs)).to_have_count(1)
     page.evaluate("document.activeElement.blur()")
-    paste_picture(page, path)
+    paste(page, path)
     expect(page.locator(f"{inputs} .name")).to_have_text(["image.png", "image.png (2)"])
     page.locator("#prompt").focus()
-    page.evaluate("navigator.clipboard.writeText('a fox')")
-    page.keyboard.press("Control+v")
+    paste(page, path, "a fox")
     expect(page.locator("#prompt")).to_have_value("a fox")
     expect(page.locator(inputs)).to_have_count(2)
 
@@ -1778,6 +1778,7 @@ def test_a_picture_of_the_page_is_edited_by_its_id_alone(site, visit, upstream, 
     fill(page, prompt="make it night")
     if is_dragged:
         page.drag_and_drop(pictures, "#prompt")
+        expect(page.locator(f"{inputs} .name")).to_have_text(PROMPT)
     for _ in range(2):
         page.locator(pictures).click()
         press(page, "Edit this")
@@ -1803,7 +1804,13 @@ def test_a_model_that_takes_no_pictures_is_told_with_what_to_do(site, visit, ups
     press(page, "Make the picture")
     expect(page.locator("#make-error")).to_have_text("Please correct: Pictures to edit")
     expect(page.locator("#images")).to_be_focused()
+    sentence = "z-image-turbo takes no pictures."
+    expect(page.locator("#images")).to_have_accessible_description(sentence)
+    expect(page.locator("#fit")).to_be_hidden()
     assert not [path for method, path, _ in page.asked if method == "POST"]
+    choose(page, EDITOR)
+    expect(page.locator("#make-error")).to_be_empty()
+    fill(page, model="z-image-turbo")
     press(page, "Remove the pictures")
     expect(page.locator(inputs)).to_have_count(0)
     expect(page.locator("#fit")).to_be_empty()
@@ -1816,6 +1823,16 @@ def test_a_model_that_takes_no_pictures_is_told_with_what_to_do(site, visit, ups
     expect(page.locator("#use-editor")).to_be_hidden()
     expect(page.locator("#make-error")).to_be_empty()
     page.keyboard.press("Escape")
+    press(page, "Make the picture")
+    expect(page.locator(pictures)).to_have_count(1)
+    assert len(sent_images(upstream.calls[0])) == 1
+
+
+def test_where_the_default_editor_is_not_listed_another_one_is_named(kinds, visit, upstream, files):
+    page = visit(kinds)
+    add_files(page, files("beach.png"))
+    expect(page.locator("#model")).to_have_value("editor")
+    fill(page, prompt="make it night")
     press(page, "Make the picture")
     expect(page.locator(pictures)).to_have_count(1)
     assert len(sent_images(upstream.calls[0])) == 1
@@ -1840,13 +1857,19 @@ def test_what_is_no_picture_or_one_too_many_is_told_at_once(site, visit, tmp_pat
     fill(page, prompt="p")
     press(page, "Make the picture")
     expect(page.locator("#make-error")).to_have_text("Please correct: Pictures to edit")
+    choose(page, "editor")
+    expect(error).not_to_be_empty()
+    press(page, "Make the picture")
+    expect(error).to_be_empty()
+    expect(page.locator(pictures)).to_have_count(1)
+    choose(page, "single")
     press(page, "Remove a.png")
     press(page, "Remove b.png")
-    expect(error).to_be_empty()
+    expect(page.locator("#fit")).to_be_empty()
     expect(page.locator("#make-error")).to_be_empty()
     press(page, "Make the picture")
-    expect(page.locator(pictures)).to_have_count(1)
-    assert base64.b64decode(upstream.calls[0]["image_b64"]) == (tmp_path / "c.png").read_bytes()
+    expect(page.locator(pictures)).to_have_count(2)
+    assert base64.b64decode(upstream.calls[1]["image_b64"]) == (tmp_path / "c.png").read_bytes()
     press(page, "Remove c.png")
     expect(page.locator("#fit")).to_have_text("single edits pictures: add one.")
 

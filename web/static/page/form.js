@@ -179,6 +179,7 @@ $("make").addEventListener("submit", submit);
 for (const id of ["model", "images"]) $(id).addEventListener("input", showModel);
 $("make").addEventListener("input", ({ target }) => {
   clearFault(target);
+  if (target === $("model")) clearFault($("images")); // It may not have taken them.
   settle();
 });
 $("prompt").addEventListener("keydown", (event) => {

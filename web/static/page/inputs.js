@@ -145,6 +145,7 @@ export async function bodyWith(fields) {
   const body = new FormData();
   for (const [name, value] of Object.entries(fields)) body.append(name, textOf(value));
   const sent = [...inputs];
+  $("inputs-error").textContent = ""; // What it tells of was left out.
   named = sent.map(({ name }) => name);
   for (const input of sent) body.append("images", input.task ?? (await fileOf(input)));
   return body;
