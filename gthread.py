@@ -109,6 +109,9 @@ class Connection(socket.socket):
 class Reader(SocketUnreader):
     """What a client sends: the poller reads ahead, and a thread the rest of a long request."""
 
+    # Of a whole MiB at once, each upload would hold four copies.
+    max_body_chunk = READ_AHEAD
+
     def __init__(self, sock: socket.socket, worker: "Worker"):
         super().__init__(sock)
         self._worker = worker
