@@ -31,9 +31,9 @@ class Queue:
         self.worker = Worker(config, self.db, client, self.decoder, registry, clock, lambda: jitter)
         clock.turned[self] = self.worker.wake
 
-    def add(self, prompt="p", model="m", priority=0):
+    def add(self, prompt="p", model="m", priority=0, params=None):
         task_id = str(uuid.uuid4())
-        self.db.add([NewTask(task_id, prompt, model, {}, priority)], self.clock())
+        self.db.add([NewTask(task_id, prompt, model, params or {}, priority)], self.clock())
         self.worker.wake()
         return task_id
 

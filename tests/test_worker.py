@@ -229,6 +229,21 @@ def test_a_model_without_capacity_is_held_and_the_others_go_on(make, upstream, s
     assert q.db.hold("x") is None
 
 
+@pytest.mark.parametrize("status", [502, 504, 520])
+def test_a_gateway_that_gives_up_late_counts_and_holds_nobody(make, upstream, monkeypatch, status):
+    monkeypatch.setattr("chutes.EDGE_SECONDS", 0.0)
+    upstream.decide = lambda fields: Answer(status, b"<html>") if fields["seed"] else Answer()
+    queue = make(MAX_ATTEMPTS=2, CONCURRENCY=1, RETRY_BACKOFF=0.01)
+    slow, quick = (queue.add(params={"seed": seed}) for seed in (1, 0))
+    queue.start()
+    assert queue.ended(quick).status == "completed"
+    wait_until(lambda: queue.task(slow).attempts == 1 and queue.db.hold("m") is None)
+    queue.clock.now += 1
+    task = queue.ended(slow)
+    assert (task.error_code, task.attempts) == ("upstream_timeout", 2)
+    assert "Lower num_inference_steps or the size" in task.error
+
+
 def test_a_hold_says_that_there_is_no_free_capacity(make, upstream):
     upstream.decide = lambda fields: refusal(429, "Infrastructure is at maximum capacity")
     q = make(clock=Clock(datetime(2026, 5, 27, 12, 3, 5, tzinfo=UTC).timestamp())).start()

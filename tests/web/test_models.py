@@ -61,6 +61,21 @@ def test_the_models_are_listed_with_what_they_take(start):
     }
 
 
+def test_only_who_runs_the_queue_reads_the_catalogue(serve, monkeypatch):
+    readers = []
+    monkeypatch.setattr("catalogue.Reader.read", lambda self, *of: readers.append(self) or [])
+    first, second = (serve(CATALOGUE_URL="http://127.0.0.1:9/chutes/") for _ in range(2))
+    for app in (first, second):
+        app.client.get("/models")
+    wait_until(lambda: readers)
+    finished(second.client, submit(second.client))
+    assert len(readers) == 1
+    first.close()
+    wait_until(lambda: len(readers) == 2)
+    assert readers[0] is not readers[1]
+    first.open()
+
+
 def test_what_is_sent_unasked_is_told(serve, tmp_path, upstream):
     file = tmp_path / "my-models.toml"
     file.write_text(
