@@ -292,7 +292,7 @@ def understand(
     model = find(name) if is_name else models.ANY_MODEL
     # Those of which nothing is known share a kind: anyone may make up names.
     kind = body_of(kind, models.ANY_MODEL if model.source == "setting" else model)
-    fields = _read_form(fields, kind, model) if is_form else fields
+    fields = _read_form(fields, model) if is_form else fields
     fields = {**kind.translated(fields, model), "model": name}
     if inputs is not None:
         fields["images"] = [image.sha256 for image in inputs]
@@ -399,35 +399,39 @@ _KINDS = {
 }
 
 
-def _read_form(
-    fields: Mapping[str, str | list[str]], kind: type[Generate], model: Model
-) -> dict[str, Any]:
+# What a request has beside its model's fields, and that is no text.
+_OWN_RULES = {
+    "priority": FieldRule(type="integer"),
+    "n": FieldRule(type="integer"),
+    "stream": FieldRule(type="boolean"),
+}
+
+
+def _read_form(fields: Mapping[str, str | list[str]], model: Model) -> dict[str, Any]:
     """Return what the texts of a form mean for the fields of a request."""
-    types = {name: rule.type for name, rule in model.known_fields.items() if not rule.enum}
-    types = {"priority": "integer", "n": "integer", "stream": "boolean", **types}
-    return {
-        name: _read_texts(name, texts, types.get(name) if name in kind.model_fields else None)
-        for name, texts in fields.items()
-    }
+    rules = {**_OWN_RULES, **model.known_fields}
+    return {name: _read_texts(name, texts, rules.get(name)) for name, texts in fields.items()}
 
 
-def _read_texts(name: str, texts: str | list[str], kind: str | None) -> Any:
+def _read_texts(name: str, texts: str | list[str], rule: FieldRule | None) -> Any:
     """Return the value of a field: only a list is given part by part."""
-    if kind == "array":
+    if rule and rule.type == "array":
         return [texts] if isinstance(texts, str) else texts
     if isinstance(texts, list):
         raise Invalid(f"{_shown(name)} is given twice", name)
-    return _read_text(texts, kind)
+    return _read_text(texts, rule) if rule else texts
 
 
-def _read_text(text: str, kind: str | None) -> Any:
-    """Return the value of a text; what is none of that type stays as it is, to be refused."""
-    if kind in (None, "string"):
+def _read_text(text: str, rule: FieldRule) -> Any:
+    """Return the value of a text; what the rule does not take stays as it is, to be refused."""
+    if rule.enum:
+        return next((w for w in rule.enum if text in (w, json.dumps(w))), text)
+    if rule.type == "string":
         return text
     if not text.strip():
         return None
     try:
-        return json.loads(text.lower() if kind == "boolean" else text, parse_int=_any_integer)
+        return json.loads(text.lower() if rule.type == "boolean" else text, parse_int=_any_integer)
     except (ValueError, RecursionError):
         return text
 

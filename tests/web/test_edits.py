@@ -198,6 +198,22 @@ def test_only_a_list_is_a_repeated_part(serve, tmp_path, upstream):
         assert sentence(post_form(client, *given)) == f'"{name}" is given twice'
 
 
+def test_a_text_means_one_of_the_values_that_a_field_takes(serve, tmp_path, upstream):
+    (tmp_path / "m.toml").write_text(
+        f'[m]\nurl = "{upstream.url}"\nimages = {{ field = "image_b64" }}\n[m.fields]\n'
+        'steps = { enum = [4, 8] }\nstyle = { enum = ["4", "ink"] }\nhd = { type = "boolean" }\n'
+        "extra = {}\n"
+    )
+    client = serve(MODELS_FILE=tmp_path / "m.toml", DEFAULT_EDIT_MODEL="m").client
+    fields = {"steps": "8", "style": "4", "hd": "True", "extra": "0.5"}
+    task = finished(client, accepted(edit(client, prompt=PROMPT, **fields)))
+    assert task["params"] == {"steps": 8, "style": "4", "hd": True, "extra": 0.5}
+    told = sentence(edit(client, prompt=PROMPT, steps="5"))
+    assert told == 'steps must be one of 4, 8 for m, not "5"'
+    other = finished(client, accepted(edit(client, prompt=PROMPT, extra="words of any kind")))
+    assert other["params"] == {"extra": "words of any kind"}
+
+
 def test_the_default_is_a_model_that_edits(serve):
     client = serve(DEFAULT_EDIT_MODEL=OTHER).client
     assert finished(client, accepted(edit(client, prompt=PROMPT)))["model"] == OTHER
