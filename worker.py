@@ -278,13 +278,15 @@ class Worker:
         return len(self._running) < self._config.concurrency
 
     def _start_some(self, pool: ThreadPoolExecutor) -> None:
-        """Claim tasks for the places that are free, and hand them to the pool."""
+        """Claim tasks for the places that are free, and start their calls."""
         room = self._config.concurrency - len(self._running)
-        claimed = self._db.claim_some(room, self._clock(), self._limits)
+        self._start(pool, self._db.claim_some(room, self._clock(), self._limits))
+
+    def _start(self, pool: ThreadPoolExecutor, claimed: list[Task]) -> None:
         self._running |= {task.id: (task, CancelToken()) for task in claimed}
         for place, task in enumerate(claimed):
             try:
-                pool.submit(self._work, *self._running[task.id])
+                pool.submit(self._work, pool, *self._running[task.id])
             except RuntimeError as error:
                 self._take_back(claimed[place:], error)
                 return
@@ -303,6 +305,7 @@ class Worker:
             self.drain()
         else:
             time.sleep(1)
+            self._bell.ring()
 
     def _look_at_disk(self, now: float) -> bool:
         """Return whether an image could not be stored, so that no call is to be paid for.
@@ -415,18 +418,15 @@ class Worker:
         for start in range(0, len(names), _SWEEP_STEP):
             self._remove_inputs(names[start : start + _SWEEP_STEP])
 
-    def _work(self, task: Task, token: CancelToken) -> None:
-        """Make the call of a task, and those of the next ones in its place; runs in the pool."""
-        following: Task | None = task
-        # What was taken back is perhaps claimed anew.
-        while following and self._running.get(task.id) == (task, token):
-            if following := self._attempt(task, token):
-                self._running[following.id] = following, CancelToken()
-            self._running.pop(task.id)
-            if following:
-                task, token = self._running[following.id]
-            else:
-                self._bell.ring()
+    def _work(self, pool: ThreadPoolExecutor, task: Task, token: CancelToken) -> None:
+        """Make the call of a task, and start that of the one that takes its place."""
+        if self._running.get(task.id) != (task, token):
+            return  # It was taken back, and perhaps claimed anew.
+        if following := self._attempt(task, token):
+            self._start(pool, [following])
+        self._running.pop(task.id, None)
+        if not following:
+            self._bell.ring()
 
     def _attempt(self, task: Task, token: CancelToken) -> Task | None:
         """Make one call for the task and write down how it ended; return the next task."""

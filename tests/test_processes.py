@@ -771,3 +771,41 @@ def test_a_database_that_is_replaced_is_refused_by_all_until_the_server_is_start
     (task,) = again.all_end([again.submit()])
     assert task["status"] == "completed"
     wait_until(lambda: again.request("GET", "/readyz")[0] == 200)
+
+
+ENDS_WITH_A_BACKLOG = """
+import threading, time
+from concurrent.futures import thread
+import app
+from records import NewTask
+
+def tell():
+    while not thread._shutdown:
+        time.sleep(0.01)
+    print("no new threads", flush=True)
+
+service = app.app.extensions["service"]
+service.database.add([NewTask(f"t{n}", "p", "m", {}) for n in range(20)], time.time())
+service.worker.start()
+threading.Thread(target=tell).start()
+while not service.database.orphans():
+    time.sleep(0.01)
+"""
+
+
+def test_a_program_that_ends_makes_no_more_calls_than_those_under_way(tmp_path, upstream):
+    upstream.gate.clear()
+    command = ("-c", ENDS_WITH_A_BACKLOG)
+    server = Server(tmp_path / "server", upstream.url, command, CONCURRENCY=1)
+    try:
+        wait_until(lambda: "no new threads" in server.log() and upstream.at_once == 1)
+        upstream.gate.set()
+        assert server.process.wait(30) == 0
+    finally:
+        upstream.gate.set()
+        server.close()
+    assert server.rows("SELECT status, count(*) FROM tasks GROUP BY 1 ORDER BY 1") == [
+        ("completed", 1),
+        ("pending", 19),
+    ]
+    assert len(upstream.calls) == 1
