@@ -535,6 +535,15 @@ class Database:
         """Note that the files of a deleted task have gone."""
         self._run("DELETE FROM removals WHERE id = ?", (id,))
 
+    def note_unused_inputs(self, names: Sequence[str]) -> None:
+        """Note the files of these names that are the input of no task, for `unused_inputs`."""
+        self._run(
+            """INSERT OR IGNORE INTO unused_inputs SELECT value FROM json_each(?)
+               WHERE NOT EXISTS (SELECT 1 FROM inputs WHERE sha256 || '.' || extension = value
+                                 AND sha256 = substr(value, 1, 64))""",
+            (json.dumps(names),),
+        )
+
     def unused_inputs(self, limit: int = 1000) -> list[str]:
         """Return some names of files of deleted tasks' inputs, each time others."""
         sql = "SELECT name FROM unused_inputs ORDER BY random() LIMIT ?"

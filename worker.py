@@ -199,6 +199,10 @@ class Worker:
 
     def _run(self) -> None:
         with _QueueLock(self._config.database_path) as lock:
+            if not lock.acquire():
+                # Perhaps it takes the place of one that died; the first to run does it later.
+                with suppress(DatabaseError):
+                    self._sweep_inputs()
             if not self._stand_by(lock):
                 return
             log.info("this process runs the queue")
@@ -354,7 +358,8 @@ class Worker:
                 return True
         for task_id, file_path in self._db.pending_deletions(_PURGE_STEP):
             self._finish_deletion(task_id, file_path)
-        self._remove_unused_inputs(_PURGE_STEP)
+        if self._remove_unused_inputs(_PURGE_STEP):
+            return True
         if last := self._db.purge_calls(self._last_purged_call, self._limits_since()):
             self._last_purged_call = last
             return True
@@ -396,16 +401,15 @@ class Worker:
             return
         self._db.files_deleted(task_id)
 
-    def _remove_unused_inputs(self, limit: int = _SWEEP_STEP) -> None:
-        """Remove some files of inputs that deleted tasks had; those of other tasks stay."""
+    def _remove_unused_inputs(self, limit: int = _SWEEP_STEP) -> bool:
+        """Remove some files of inputs that no task has; return whether there may be more."""
         if names := self._db.unused_inputs(limit):
-            self._remove_inputs(names)
-
-    def _remove_inputs(self, names: list[str]) -> None:
-        try:
-            self._db.remove_inputs(names, self._inputs.remove)
-        except OSError:
-            log.exception("an input image stays; its removal is tried again")
+            try:
+                self._db.remove_inputs(names, self._inputs.remove)
+            except OSError:
+                log.exception("an input image stays; its removal is tried again")
+                return False
+        return len(names) == limit
 
     def _sweep_inputs(self) -> None:
         """Remove the files of inputs that a death has left without a task."""
@@ -416,7 +420,8 @@ class Worker:
             log.error("the folder of inputs cannot be swept: %s", error)
             return
         for start in range(0, len(names), _SWEEP_STEP):
-            self._remove_inputs(names[start : start + _SWEEP_STEP])
+            self._db.note_unused_inputs(names[start : start + _SWEEP_STEP])
+            self._remove_unused_inputs()
 
     def _work(self, pool: ThreadPoolExecutor, task: Task, token: CancelToken) -> None:
         """Make the call of a task, and start that of the one that takes its place."""

@@ -1,5 +1,6 @@
 """Real gunicorn processes that edit images: killed at each step, filled, raced and left alone."""
 
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -147,6 +148,19 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_nothing(start, upstream):
         server.kill_all()
     assert len(files(server)) == 3
     check_all_end(start(), upstream, ("before", [whole]))
+
+
+def test_what_a_killed_process_of_several_has_left_is_removed_too(start, upstream):
+    server = start()
+    runner = server.running()
+    (standby,) = wait_until(lambda: set(server.workers()) - {runner})
+    server.send(signal.SIGSTOP, runner)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(request(form(png(3, 300), prompt="p"))[:-1000])
+        wait_until(lambda: len(files(server)) == 1)
+        server.send(signal.SIGKILL, standby)
+        server.send(signal.SIGCONT, runner)
+        wait_until(lambda: files(server) == [], what="it stays until the server is started anew")
 
 
 @pytest.mark.parametrize("interrupted", ["retry", "fail"])
