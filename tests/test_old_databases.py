@@ -23,6 +23,7 @@ TASKS = 100_000
 AGES = {
     "version 1": lambda path: released(path, 1, TASKS),
     "version 2": lambda path: released(path, 2, TASKS),
+    "version 3": lambda path: released(path, 3, TASKS),
     "node": lambda path: node(path, node_rows(TASKS)),
 }
 
@@ -59,7 +60,7 @@ def is_whole(path):
         database.close()
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_database_of_each_released_version_loses_nothing(tmp_path, lay_down, number):
     path = tmp_path / "tasks.sqlite3"
     lay_down(f"version {number}", path)
