@@ -147,8 +147,20 @@ class InputFolder(Folder):
         raise InputGone(f"{fact}, or no longer whole; send it again")
 
     def remove(self, name: str) -> None:
-        """Remove the file of that name, if it is there. Raises OSError."""
-        (self.path / name).unlink(missing_ok=True)
+        """Remove the file of that name, if it is there.
+
+        Raises OSError, which is BlockingIOError while a backup keeps all files (flock).
+        """
+        self.check_mounted()
+        try:
+            folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (self.path / name).unlink(missing_ok=True)
+        finally:
+            os.close(folder)
 
     def names(self) -> Iterator[str]:
         """Yield the names of all files that may be the inputs of tasks. Raises OSError."""

@@ -406,6 +406,9 @@ class Worker:
         if names := self._db.unused_inputs(limit):
             try:
                 self._db.remove_inputs(names, self._inputs.remove)
+            except BlockingIOError:
+                log.info("input images stay while a backup is made", extra={"count": len(names)})
+                return False
             except OSError:
                 log.exception("an input image stays; its removal is tried again")
                 return False

@@ -2,7 +2,8 @@
 
 A backup is a folder that is whole by itself: it gets its name when all of it is on disk. Images
 that the backup before has too are hard links to that one's, never to the server's. The server
-may run meanwhile: nothing is written where its database is, and nothing of it is locked for long.
+may run meanwhile: nothing is written where its database is, and nothing of it is locked for long,
+but that it removes no input image until those of the database's copy are copied, too.
 """
 
 import argparse
@@ -28,9 +29,11 @@ DATABASE, MODELS = "tasks.sqlite3", "models.toml"
 # Files beside the database, by what follows its name.
 BESIDE = (".secret",)
 # Folders of images, each with the setting that names the server's.
-FOLDERS = {"outputs": "OUTPUT_DIR"}
-_DEFAULTS = {"DATABASE_PATH": DATABASE, "MODELS_FILE": MODELS, "OUTPUT_DIR": "outputs"}
+FOLDERS = {"inputs": "INPUT_DIR", "outputs": "OUTPUT_DIR"}
+_DEFAULTS = {"DATABASE_PATH": DATABASE, "MODELS_FILE": MODELS}
+_DEFAULTS |= {setting: name for name, setting in FOLDERS.items()}
 _NAME = "%Y%m%d-%H%M%S"
+_INPUT_NAMES = "SELECT DISTINCT sha256 || '.' || extension FROM inputs"
 
 
 class Refused(Exception):
@@ -85,6 +88,15 @@ def image_paths(database: Path) -> dict[str, Path]:
         return {task: Path(path) for task, path in connection.execute(sql)}
 
 
+def input_names(database: Path) -> set[str]:
+    """Return the names of all input images that the tasks need."""
+    with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+        # A database of an earlier version has none.
+        if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'inputs'").fetchall():
+            return set()
+        return {name for (name,) in connection.execute(_INPUT_NAMES)}
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file with its mode and times, onto the disk (fsync)."""
     shutil.copy2(source, target, follow_symlinks=False)
@@ -102,17 +114,19 @@ def back_up(here: Places, folder: Path) -> Path:
     before = backups(folder)
     name = _next_name(before)
     part = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
+    last = before[-1] if before else part
+    inputs, outputs = (here.folders[name] for name in ("inputs", "outputs"))
     try:
-        _copy_database(here.database, part / DATABASE)
+        with _locked(inputs, fcntl.LOCK_SH):
+            _copy_database(here.database, part / DATABASE)
+            needed = input_names(part / DATABASE)
+            files = {name: path for name, path in plain_files(inputs).items() if name in needed}
+            _copy_images(files, part / "inputs", last / "inputs")
         for suffix in BESIDE:
             _copy_if_there(Path(f"{here.database}{suffix}"), part / f"{DATABASE}{suffix}")
         _copy_if_there(here.models, part / MODELS)
-        for kind, source in here.folders.items():
-            old = before[-1] / kind if before else part
-            files = plain_files(source)
-            if kind == "outputs":
-                files |= _moved_images(part / DATABASE, source)
-            _copy_images(files, part / kind, old)
+        files = plain_files(outputs) | _moved_images(part / DATABASE, outputs)
+        _copy_images(files, part / "outputs", last / "outputs")
         sync_folder(part)
         _report(part)
         backup = part.rename(folder / name)
@@ -135,7 +149,7 @@ def _copy_database(database: Path, target: Path) -> None:
     if not database.is_file():
         raise Refused(f"There is no database at {database}: set DATABASE_PATH as the server has it")
     raw = target.with_name("raw.sqlite3")
-    with _writers_kept_out(database):
+    with _locked(Path(f"{database}.lock"), fcntl.LOCK_EX):  # That all writers share.
         source = _open_live(database) or _open_copy(database, raw)
         # Once it is read, its log stays while it is open here, though the server may close it.
         source.execute("SELECT 1 FROM sqlite_schema").fetchall()
@@ -148,15 +162,15 @@ def _copy_database(database: Path, target: Path) -> None:
 
 
 @contextmanager
-def _writers_kept_out(database: Path) -> Iterator[None]:
-    """Hold the lock that all writers share, where a server has made it."""
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    """Hold a lock (flock) of the server's, where it has made the file or the folder."""
     try:
-        lock = os.open(f"{database}.lock", os.O_RDONLY)
+        lock = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         yield
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, kind)
         yield
     finally:
         os.close(lock)
@@ -214,12 +228,16 @@ def _link(source: Path, before: Path, target: Path) -> bool:
 
 
 def _report(part: Path) -> None:
-    images = plain_files(part / "outputs")
-    linked = sum(path.stat().st_nlink > 1 for path in images.values())
+    """Print what is in the backup, and what is not."""
+    images, inputs = (plain_files(part / name) for name in ("outputs", "inputs"))
+    for words, files in (("images", images), ("input images", inputs)):
+        linked = sum(path.stat().st_nlink > 1 for path in files.values())
+        print(f"{words}: {len(files)}, of which {linked} were in the backup before")
     missing = sum(path.name not in images for path in image_paths(part / DATABASE).values())
-    print(f"images: {len(images)}, of which {linked} were in the backup before")
     if missing:
         print(f"completed tasks without their image: {missing}; it was deleted, or is gone")
+    if lost := len(input_names(part / DATABASE) - inputs.keys()):
+        print(f"input images that are gone from INPUT_DIR: {lost}; their tasks cannot be done")
 
 
 def remove_old(folder: Path, keep: int) -> None:

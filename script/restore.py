@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import filecmp
 import functools
+import json
 import os
 import sqlite3
 import sys
@@ -49,6 +50,8 @@ class Result(NamedTuple):
     without_image: int
     unfinished: int
     made: int
+    inputs_without_task: int
+    without_input: int
 
 
 def find(folder: Path) -> Path:
@@ -123,7 +126,7 @@ def restore(found: Path, here: Places, server: Owner) -> Result:
         if (found / f"{DATABASE}{suffix}").exists():
             _put(found / f"{DATABASE}{suffix}", Path(f"{here.database}{suffix}"), server)
     part = server.take(_copy(found / DATABASE, here.database))
-    result = _adapt(part, here.folders["outputs"])
+    result = _adapt(part, here.folders["outputs"], here.folders["inputs"])
     # Its log first: SQLite would play it into whatever has the database's name.
     for suffix in ("-wal", "-shm", "-journal", ""):
         _move_aside(Path(f"{here.database}{suffix}"), server)
@@ -170,7 +173,7 @@ def _aside(folder: Path, server: Owner) -> Path:
     return server.take(made)
 
 
-def _adapt(database: Path, outputs: Path) -> Result:
+def _adapt(database: Path, outputs: Path, inputs: Path) -> Result:
     """Have the rows name the files in this folder, and say what belongs to what.
 
     A task that is pending, with its image there, is left as one whose call was under way: with
@@ -202,7 +205,20 @@ def _adapt(database: Path, outputs: Path) -> Result:
         without_image=len(expected - there.keys()),
         unfinished=len(set(files.values())),
         made=len(made),
+        inputs_without_task=len(plain_files(inputs).keys() - backup.input_names(database)),
+        without_input=_count_without_input(database, inputs),
     )
+
+
+def _count_without_input(database: Path, inputs: Path) -> int:
+    """Count the tasks of which an input image is not there."""
+    missing = json.dumps(list(backup.input_names(database) - plain_files(inputs).keys()))
+    if missing == "[]":
+        return 0
+    sql = """SELECT count(DISTINCT task) FROM inputs
+             WHERE sha256 || '.' || extension IN (SELECT value FROM json_each(?))"""
+    with closing(sqlite3.connect(database)) as connection:
+        return int(connection.execute(sql, (missing,)).fetchone()[0])
 
 
 def report(result: Result, here: Places) -> None:
@@ -210,6 +226,10 @@ def report(result: Result, here: Places) -> None:
     outputs = here.folders["outputs"]
     print(f"images without a task in {outputs}: {result.without_task}")
     print(f"completed tasks without an image: {result.without_image}")
+    print(f"input images without a task in {here.folders['inputs']}: {result.inputs_without_task}")
+    if result.inputs_without_task:
+        print("  the server removes them when it starts: move them away to keep them")
+    print(f"tasks without an input image: {result.without_input}")
     print(f"unfinished tasks: {result.unfinished}")
     if result.made:
         print(f"  with an image in {outputs}, which need no call: {result.made}")

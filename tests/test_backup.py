@@ -16,6 +16,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import backup
+import edits
+import old_databases
 import pytest
 import rows
 from conftest import finished, submit, wait_until
@@ -24,6 +26,7 @@ from upstream import Answer, image_bytes
 
 import images
 from db import Database
+from inputs import InputFolder
 from records import Ending, NewTask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +45,7 @@ class Site:
         folder.mkdir(exist_ok=True)
         self.database = folder / "tasks.sqlite3"
         self.outputs = folder / "outputs"
+        self.inputs = folder / "inputs"
         self.secret = folder / "tasks.sqlite3.secret"
         self.models = folder / "models.toml"
 
@@ -49,6 +53,7 @@ class Site:
         return CRON | {
             "DATABASE_PATH": str(self.database),
             "OUTPUT_DIR": str(self.outputs),
+            "INPUT_DIR": str(self.inputs),
             "MODELS_FILE": str(self.models),
         }
 
@@ -157,7 +162,9 @@ def test_a_backup_has_everything_for_the_owner_alone(site, kept):
     site.models.write_text("[m]\n")
     found = site.back_up(kept)
     assert found.parent == kept and backup.when(found)
-    assert names(found) == ["models.toml", "outputs", "tasks.sqlite3", "tasks.sqlite3.secret"]
+    assert names(found) == [
+        *("inputs", "models.toml", "outputs", "tasks.sqlite3", "tasks.sqlite3.secret")
+    ]
     assert check_whole(found) == 3
     assert names(found / "outputs") == sorted(f"{task_id}.png" for task_id in ids[:3])
     assert (found / "tasks.sqlite3.secret").read_bytes() == SECRET
@@ -218,7 +225,9 @@ def test_a_clock_that_is_set_back_changes_no_order(site, kept):
 
 
 def place(site):
-    return backup.Places(site.database, site.models, {"outputs": site.outputs})
+    return backup.Places(
+        site.database, site.models, {"inputs": site.inputs, "outputs": site.outputs}
+    )
 
 
 def folder(path):
@@ -261,7 +270,7 @@ def test_nothing_is_made_beside_the_database_and_all_that_was_committed_is_there
     assert (facts(site.folder), facts(site.outputs)) == before
     assert check_whole(found) == 2
     assert rows.read(found / "tasks.sqlite3", "SELECT paused FROM queue") == [(1,)]
-    assert names(found) == ["outputs", "tasks.sqlite3", "tasks.sqlite3.secret"]
+    assert names(found) == ["inputs", "outputs", "tasks.sqlite3", "tasks.sqlite3.secret"]
     if server:
         server.close()
 
@@ -534,6 +543,142 @@ def check_restored(site):
     for _, _, path, digest in completed:
         assert sha256(Path(path)) == digest
     return len(completed)
+
+
+# The images that tasks edit
+
+
+def add_edit(site, picture):
+    """Add a task that edits a picture, and return its id."""
+    site.inputs.mkdir(exist_ok=True)
+    path = site.inputs / edits.name(picture)
+    path.write_bytes(picture)
+    task = NewTask(str(uuid.uuid4()), "p", "m", {}, inputs=(images.inspect(path),))
+    with closing(Database(site.database)) as database:
+        database.add([task], time.time())
+    return task.id
+
+
+def test_the_inputs_of_tasks_are_in_it_and_links_where_they_were_before(site, kept):
+    site.fill(1)
+    first, second = edits.png(1), edits.png(2)
+    add_edit(site, first)
+    (site.inputs / edits.name(edits.png(3))).write_bytes(edits.png(3))
+    (site.inputs / ".half.upload").write_bytes(b"half")
+    before = site.back_up(kept)
+    assert contents(before / "inputs") == {edits.name(first): first}
+    add_edit(site, second)
+    after = site.back_up(kept)
+    assert contents(after / "inputs") == {edits.name(first): first, edits.name(second): second}
+    same = [found / "inputs" / edits.name(first) for found in (before, after)]
+    assert same[0].samefile(same[1]) and not same[0].samefile(site.inputs / edits.name(first))
+
+
+def test_no_input_of_the_copied_database_is_removed_before_it_is_copied(site, kept, monkeypatch):
+    site.fill(1)
+    picture = edits.png(1)
+    task_id = add_edit(site, picture)
+    copy, folder_of_inputs = backup._copy_database, InputFolder(site.inputs)
+
+    def delete(database):
+        database.delete(task_id, 0)
+        database.remove_inputs(database.unused_inputs(), folder_of_inputs.remove)
+
+    with closing(Database(site.database)) as database:
+
+        def copy_and_delete(*paths):
+            copy(*paths)
+            with pytest.raises(BlockingIOError):
+                delete(database)
+
+        monkeypatch.setattr(backup, "_copy_database", copy_and_delete)
+        found = backup.back_up(place(site), folder(kept))
+        assert contents(found / "inputs") == {edits.name(picture): picture}
+        assert names(site.inputs) == database.unused_inputs() == [edits.name(picture)]
+        delete(database)
+        assert names(site.inputs) == database.unused_inputs() == []
+
+
+def test_what_inputs_belong_to_nothing_is_counted(site, kept):
+    site.fill(1)
+    there, lost = edits.png(1), edits.png(2)
+    for picture in (there, there, lost, lost):
+        add_edit(site, picture)
+    (site.inputs / edits.name(lost)).unlink()
+    ended = site.script("backup", kept)
+    assert "input images that are gone from INPUT_DIR: 1; their tasks cannot" in ended.stdout
+    (site.inputs / edits.name(there)).write_bytes(b"damaged")
+    (site.inputs / edits.name(edits.png(3))).write_bytes(edits.png(3))
+    said = site.restore(kept)
+    assert (site.inputs / edits.name(there)).read_bytes() == there
+    assert f"input images without a task in {site.inputs}: 1\n" in said
+    assert "move them away to keep them\n" in said
+    assert "tasks without an input image: 2\n" in said
+
+
+def test_a_backup_of_an_earlier_version_is_restored(site, kept):
+    old_databases.released(site.database, 3, 8)
+    found = site.back_up(kept)
+    (found / "inputs").rmdir()
+    before = old_databases.read_all(found / "tasks.sqlite3", "tasks", "id")
+    said = site.restore(found)
+    assert "tasks without an input image: 0\n" in said
+    with closing(Database(site.database)) as database:
+        assert sum(database.stats().tasks.values()) == 8
+    assert old_databases.read_all(site.database, "tasks", "id") == before
+
+
+@pytest.mark.processes
+def test_under_load_each_backup_has_the_inputs_of_its_tasks_and_runs_elsewhere(
+    tmp_path, kept, upstream
+):
+    server = Server(tmp_path / "site", upstream.url).ready()
+    site = Site(server.folder)
+    server.running()
+    server.request("POST", "/queue/pause")
+    faults, done = [], threading.Event()
+
+    def keep_editing(n):
+        turn, ids = 0, []
+        while not done.is_set():
+            try:
+                prompt = f"{n} {turn % 7}"
+                ids.append(edits.edit(server, edits.png(prompt), prompt=prompt))
+                if turn := turn + 1:
+                    with suppress(json.JSONDecodeError):  # 204 has no body.
+                        server.request("DELETE", f"/tasks/{ids.pop(turn % len(ids))}")
+                if turn % 3 == 0:
+                    ids.append(edits.edit(server, edits.png(prompt), prompt=prompt))
+            except Exception as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=keep_editing, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        made = [site.back_up(kept) for _ in range(4)]
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        server.kill_all()
+    assert faults == []
+    for found in made:
+        assert backup.input_names(found / "tasks.sqlite3") == set(names(found / "inputs"))
+        for name, picture in contents(found / "inputs").items():
+            assert edits.name(picture) == name
+    other = Site(tmp_path / "other")
+    other.restore(kept)
+    pending = [task for task, *_ in other.tasks()]
+    assert pending
+    successor = Server(other.folder, upstream.url).ready()
+    try:
+        successor.request("POST", "/queue/resume")
+        assert {task["status"] for task in successor.all_end(pending)} == {"completed"}
+    finally:
+        successor.close()
+    for fields in upstream.calls:
+        assert edits.sent(fields) == [edits.png(fields["prompt"])]
 
 
 # Of a server at work
