@@ -1,13 +1,18 @@
 """RETENTION_DAYS, and what deleted tasks leave behind: what is removed, when and by whom."""
 
+import uuid
 from datetime import UTC, datetime
 from pathlib import Path
 
+import edits
 import pytest
 import rows
 from conftest import Clock, wait_until
+from upstream import local_models
 
 from doorbell import Doorbell
+from images import inspect
+from records import NewTask
 
 
 @pytest.fixture
@@ -149,3 +154,56 @@ def test_files_that_a_dead_process_left_behind_are_removed(make):
     q.clock.now += 61
     wait_until(lambda: q.db.pending_deletions() == [])
     assert q.files() == []
+
+
+def add_edit(q, picture):
+    """Add a task that edits a picture, whose file is there, and return its id."""
+    path = q.config.input_dir / edits.name(picture)
+    path.write_bytes(picture)
+    task = NewTask(str(uuid.uuid4()), "p", "qwen-image-edit-2511", {}, inputs=(inspect(path),))
+    q.db.add([task], q.clock())
+    q.worker.wake()
+    return task.id
+
+
+def inputs(q):
+    return sorted(path.name for path in q.config.input_dir.iterdir())
+
+
+def test_inputs_go_with_the_last_task_that_has_them(make, clock, upstream, tmp_path):
+    models = tmp_path / "local-models.toml"
+    models.write_text(local_models(upstream.url))
+    q = make(clock, RETENTION_DAYS=30, MODELS_FILE=models).start()
+    own, shared = edits.png(1), edits.png(2)
+    old = [q.until(add_edit(q, picture), status="completed") for picture in (own, shared)]
+    clock.now += 29 * 86400
+    assert q.db.retry(old[1].id, "again", clock.now, 100, lambda model: None)
+    q.worker.wake()
+    q.until("again", status="completed")
+    clock.now += 2 * 86400
+    wait_until(lambda: not any(q.task(task.id) for task in old))
+    wait_until(lambda: q.db.unused_inputs() == [])
+    assert inputs(q) == [edits.name(shared)]
+    clock.now += 30 * 86400
+    wait_until(lambda: inputs(q) == [])
+    assert [edits.sent(fields) for fields in upstream.calls] == [[own], [shared], [shared]]
+
+
+def test_inputs_that_could_not_be_removed_at_the_start_go_later(make):
+    q = make()
+    names = [edits.name(edits.png(n)) for n in range(3)]
+    for name in names:
+        (q.config.input_dir / name / "in the way").mkdir(parents=True)
+    q.start()
+    wait_until(lambda: q.db.unused_inputs() and set(q.db.unused_inputs()) == set(names))
+    for name in names:
+        (q.config.input_dir / name / "in the way").rmdir()
+        (q.config.input_dir / name).rmdir()
+        (q.config.input_dir / name).touch()
+
+    def are_gone_in_a_minute():
+        q.clock.now += 61
+        return inputs(q) == []
+
+    wait_until(are_gone_in_a_minute)
+    assert q.db.unused_inputs() == []
