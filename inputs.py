@@ -30,6 +30,7 @@ class InputsUnreadable(AttemptError):
 
     code = "storage"
     remedy = Remedy.HOLD_MODEL
+    wait = 5.0  # To look again costs no call.
 
     def __init__(self, error: OSError, folder: Path):
         self.headline = f"The input images cannot be read from {folder} ({error.strerror})"
@@ -83,9 +84,11 @@ class Arrival:
         return self.path.read_bytes()
 
     def close(self) -> None:
-        """Remove the file, unless it was given its name."""
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        """Remove the file, unless it was given its name; a sweep does where this cannot."""
+        with suppress(OSError):  # There may be no room for what is not written yet.
+            self._file.close()
+        with suppress(OSError):
+            self.path.unlink()
 
     @contextmanager
     def _faults_of_the_disk(self) -> Iterator[None]:

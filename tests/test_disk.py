@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 
+import edits
 import old_databases
 import pytest
 from conftest import finished, submit, wait_until
@@ -136,6 +137,83 @@ def test_a_folder_that_is_read_only_loses_nothing_and_mends_itself(start, disk, 
     finally:
         server.close()
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def editing(disk, tmp_path, upstream):
+    """Return a server that has INPUT_DIR, and nothing else, on a disk of its own."""
+    folder = disk / "inputs"
+    server = Server(tmp_path / "server", upstream.url, INPUT_DIR=folder, MIN_FREE_MB=0)
+    yield server.ready()
+    upstream.gate.set()
+    server.close()
+
+
+def input_files(disk):
+    return sorted(path.name for path in (disk / "inputs").iterdir())
+
+
+@pytest.mark.processes
+def test_an_upload_that_does_not_fit_leaves_nothing_behind(editing, disk):
+    small, large = edits.png(1), edits.png(2, 1300)
+    assert len(large) > 5_000_000
+    kept = edits.edit(editing, small)
+    ballast = fill(disk, 2 * 1024 * 1024)
+    status, answer = edits.send(editing, small, large, prompt="p")
+    assert (status, answer["error"].partition(";")[0]) == (
+        *(507, "There is no room on the disk for the image"),
+    )
+    assert input_files(disk) == [edits.name(small)]
+    ended = editing.all_end([kept, editing.submit()])
+    assert [task["status"] for task in ended] == ["completed", "completed"]
+    ballast.unlink()
+    (task,) = editing.all_end([edits.edit(editing, small, large)])
+    assert task["status"] == "completed"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("fault", ["read-only", "gone"])
+def test_a_folder_of_inputs_at_fault_holds_edits_alone_and_mends_itself(
+    tmp_path, disk, upstream, fault
+):
+    source, folder = tmp_path / "source", disk / "inputs"
+    source.mkdir()
+    folder.mkdir()
+
+    def mount(*words):
+        subprocess.run(words, check=True)
+
+    mount("mount", "--bind", str(source), str(folder))
+    server = Server(tmp_path / "server", upstream.url, INPUT_DIR=folder, MIN_FREE_MB=0)
+    try:
+        server.ready().running()
+        server.request("POST", "/queue/pause")
+        waiting = edits.edit(server, edits.png(1))
+        if fault == "gone":
+            mount("umount", str(folder))
+            why = f"{folder} is not mounted"
+        else:
+            mount("mount", "-o", "remount,bind,ro", str(folder))
+            why = "Read-only file system"
+        server.request("POST", "/queue/resume")
+        words = f"The images cannot be written to {folder} ({why})"
+        status, answer = edits.send(server, edits.png(2), prompt="p")
+        assert (status, answer["error"].partition(";")[0]) == (503, words)
+        status, _, answer = server.request("GET", "/readyz")
+        assert status == 503 and words in answer["problems"]
+        assert server.all_end([server.submit()])[0]["status"] == "completed"
+        if fault == "gone":
+            waits = f"The input images cannot be read from {folder} ({why})"
+            wait_until(lambda: waits in (server.status(waiting)["waiting_for"] or ""))
+            mount("mount", "--bind", str(source), str(folder))
+        else:
+            mount("mount", "-o", "remount,bind,rw", str(folder))
+        (task, _) = server.all_end([waiting, edits.edit(server, edits.png(2))])
+        assert (task["status"], task["attempts"]) == ("completed", 1)
+        assert server.request("GET", "/readyz")[0] == 200
+    finally:
+        server.close()
+        subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
 def test_a_volume_that_is_gone_is_not_replaced_by_a_folder(make, disk, upstream):
