@@ -128,13 +128,13 @@ def watch(page, site, refusals):
     page.on("requestfinished", end)
 
 
-# Counts the requests that are under way, pictures left out.
+# Counts the requests that are under way, pictures and their archive left out.
 COUNT_REQUESTS = """
 window.mostAtOnce = 0;
 let atOnce = 0;
 const ask = window.fetch;
 window.fetch = async (address, options) => {
-  if (/^[/]images[/]|[/]inputs[/]/.test(address)) return ask(address, options);
+  if (/^[/]images[/.]|[/]inputs[/]/.test(address)) return ask(address, options);
   atOnce += 1;
   window.mostAtOnce = Math.max(window.mostAtOnce, atOnce);
   try {
