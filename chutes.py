@@ -466,8 +466,9 @@ def _body(
     """Return the body of a call; its keys keep their order, since the same bytes may cost less."""
     if not inputs:
         return json.dumps({**head, **params}).encode()
-    if model.images is None:
-        headline = f"{model.name} takes no input images any more"
+    if model.images is None or len(inputs) > model.images.maximum:
+        number = f"at most {model.images.maximum}" if model.images else "no"
+        headline = f"{model.name} takes {number} input images by now, not {len(inputs)}"
         raise ChutesError(Remedy.FAIL, "upstream_rejected", headline, advice="Name another model")
     opening, closing = ('["', '"]') if model.images.maximum > 1 else ('"', '"')
     before = f'{json.dumps(head)[:-1]}, "{model.images.field}": {opening}'

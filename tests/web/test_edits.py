@@ -752,17 +752,24 @@ def test_an_input_that_is_gone_fails_its_task_alone(serve, folder):
     assert finished(app.client, there)["status"] == "completed"
 
 
-def test_a_model_that_takes_images_no_more_fails_its_tasks(serve, tmp_path, upstream):
+@pytest.mark.parametrize(
+    ("images", "number"),
+    [("", "no"), ('images = { field = "image_b64s", maximum = 1 }\n', "at most 1")],
+    ids=["none", "one"],
+)
+def test_a_model_that_takes_fewer_images_by_now_fails_its_tasks(
+    serve, tmp_path, upstream, images, number
+):
     app = serve()
     app.client.post("/queue/pause")
-    task_id = accepted(edit(app.client, prompt=PROMPT))
+    task_id = accepted(edit(app.client, (FOX, OWL), prompt=PROMPT))
     models = tmp_path / "others.toml"
-    models.write_text(f'["{MODEL}"]\nurl = "{upstream.url}"\n')
+    models.write_text(f'["{MODEL}"]\nurl = "{upstream.url}"\n{images}')
     app.restart(MODELS_FILE=models)
     app.client.post("/queue/resume")
     task = finished(app.client, task_id)
     assert (task["error_code"], upstream.calls) == ("upstream_rejected", [])
-    assert f"{MODEL} takes no input images" in task["error"]
+    assert f"{MODEL} takes {number} input images by now, not 2" in task["error"]
 
 
 def test_the_records_name_an_input_by_its_facts(app):
