@@ -12,7 +12,7 @@ from upstream import local_models
 
 from doorbell import Doorbell
 from images import inspect
-from records import NewTask
+from records import Image, NewTask
 
 
 @pytest.fixture
@@ -46,6 +46,38 @@ def test_what_ended_long_ago_is_removed_with_its_files(make, clock):
     assert q.files() == sorted([Path(young.file_path).name, "thumbnails"])
     assert list(thumbnails.iterdir()) == []
     assert q.outcomes() == ["completed"]
+
+
+def test_an_input_goes_with_the_last_task_that_is_removed(make, clock):
+    q = make(clock, RETENTION_DAYS=30).start()
+    folder, names = q.config.input_dir, []
+    folder.mkdir(exist_ok=True)
+    for number in range(2):
+        image = Image("image/png", "png", 1, 1, 1, str(number) * 64)
+        names.append(f"{image.sha256}.png")
+        (folder / names[-1]).write_bytes(b"x")
+        ids = ("a", "b")[: number + 1]
+        q.db.add([NewTask(f"{i}{number}", "p", "m", {}, inputs=(image,)) for i in ids], q.clock())
+    q.worker.wake()
+    for task_id in ("a0", "a1", "b1"):
+        q.until(task_id, status="failed")
+    rows.write(q.db.path, "UPDATE tasks SET finished_at = '2099-01-01 00:00:00' WHERE id = 'b1'")
+    clock.now += 31 * 86400
+    wait_until(lambda: not q.task("a0") and not q.task("a1"))
+    wait_until(lambda: q.db.unused_inputs() == [])
+    assert [path.name for path in folder.iterdir()] == names[1:]
+
+
+def test_an_input_that_could_not_be_removed_is_tried_again(make, clock):
+    q = make(clock)
+    image = Image("image/png", "png", 1, 1, 1, "0" * 64)
+    q.db.add([NewTask("t", "p", "m", {}, inputs=(image,))], clock())
+    folder = q.config.input_dir
+    (folder / f"{image.sha256}.png").mkdir(parents=True)  # No unlink removes a folder.
+    assert q.worker.delete(q.task("t"))
+    (folder / f"{image.sha256}.png").rmdir()
+    turn(q, 1)
+    assert q.db.unused_inputs() == []
 
 
 def test_what_ended_is_kept_to_the_second(make, clock):

@@ -14,7 +14,7 @@ from conftest import KEYS, PROMPT, finished, submit, wait_until
 from upstream import Answer, image_bytes
 
 import records
-from web import uploads
+from web import schemas, uploads
 
 FOX, OWL, CAT = (image_bytes(*of) for of in (("PNG",), ("JPEG",), ("WEBP", (32, 32), "red")))
 MODEL, NO_IMAGES, OTHER = "qwen-image-edit-2511", "z-image-turbo", "qwen-image-edit-2509"
@@ -409,6 +409,11 @@ def test_a_key_is_of_the_images_too(client, upstream, kept):
     assert len(client.get("/tasks").json["tasks"]) == 1
 
 
+def test_a_key_is_of_the_order_of_the_images(client):
+    accepted(edit(client, (FOX, OWL), prompt=PROMPT, key="k"))
+    assert "Idempotency-Key" in sentence(edit(client, (OWL, FOX), prompt=PROMPT, key="k"), 422)
+
+
 def test_many_at_once_with_the_same_bytes_keep_one_file(app, kept):
     ids, client = [], app.client.application.test_client
     threads = [
@@ -640,6 +645,11 @@ def test_texts_of_a_form_have_a_megabyte_in_all(untouched):
     assert "prompt" in sentence(edit(untouched, prompt="x" * 10_001))
 
 
+def test_a_line_of_a_text_ends_as_it_was_typed(client):
+    task_id = accepted(edit(client, prompt="one\r\ntwo"))
+    assert client.get(f"/status/{task_id}").json["prompt"] == "one\ntwo"
+
+
 def test_a_text_that_is_not_utf_8_is_refused(untouched):
     assert sentence(post_form(untouched, ("prompt", b"\xff"))) == "prompt is not UTF-8"
 
@@ -657,6 +667,22 @@ def test_a_body_may_be_as_large_as_the_setting_says(serve, path, kept):
     assert answer.status_code == 413
     assert client.get("/tasks").json["tasks"] == []
     assert kept() == []
+
+
+def test_a_body_of_exactly_the_limit_is_read(serve):
+    client = serve(MAX_UPLOAD_MB=1).client
+    fixed = [("prompt", PROMPT), ("images", file(FOX))]
+    room = 2**20 - len(form(*fixed, ("images", file(b""))))
+    for size, status in ((room, 202), (room + 1, 413)):
+        parts = [*fixed, ("images", file(FOX + bytes(size - len(FOX))))]
+        assert len(form(*parts)) == 2**20 + size - room
+        assert post_form(client, *parts).status_code == status
+
+
+def test_json_may_not_be_larger_than_a_form(serve):
+    client = serve(MAX_UPLOAD_MB=1).client
+    told = sentence(edit_json(client, ["x" * 2**20]), 413)
+    assert told.startswith("The body is larger than 1 MiB of JSON; ")
 
 
 def test_json_has_eight_megabytes_and_is_told_of_forms(untouched):
@@ -715,6 +741,11 @@ def test_a_full_queue_and_a_low_disk_leave_nothing_behind(serve, kept, monkeypat
     assert kept() == [name_of(FOX)]
 
 
+def test_nothing_is_received_where_the_disk_is_low(serve):
+    client = serve(MIN_FREE_MB=1_000_000_000).client
+    assert "MIN_FREE_MB" in sentence(edit(client, (b"no image",), prompt=PROMPT), 507)
+
+
 def test_a_replay_needs_no_room(serve):
     app = serve()
     first = edit(app.client, prompt=PROMPT, key="k")
@@ -770,6 +801,21 @@ def test_a_model_that_takes_fewer_images_by_now_fails_its_tasks(
     task = finished(app.client, task_id)
     assert (task["error_code"], upstream.calls) == ("upstream_rejected", [])
     assert f"{MODEL} takes {number} input images by now, not 2" in task["error"]
+
+
+def test_one_json_body_is_parsed_at_a_time(client, monkeypatch):
+    parse, decode, alone = schemas.json_object, uploads._slices, []
+
+    def watched(work):
+        return lambda *given: alone.append(uploads._parsing.locked()) or work(*given)
+
+    monkeypatch.setattr(schemas, "json_object", watched(parse))
+    monkeypatch.setattr(uploads, "_slices", watched(decode))
+    accepted(edit_json(client))
+    assert alone == [True, True]
+    assert not uploads._parsing.locked()
+    sentence(edit_json(client, ["fox"]))
+    assert not uploads._parsing.locked()
 
 
 def test_the_records_name_an_input_by_its_facts(app):
