@@ -353,7 +353,6 @@ class Worker:
             if retired := self._db.purge(before, _PURGE_STEP, self._limits_since()):
                 for task in retired:
                     self._finish_deletion(task.id, task.file_path)
-                self._remove_unused_inputs(_PURGE_STEP)
                 log.info("tasks removed (RETENTION_DAYS)", extra={"count": len(retired)})
                 return True
         for task_id, file_path in self._db.pending_deletions(_PURGE_STEP):

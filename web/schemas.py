@@ -61,7 +61,7 @@ class Invalid(ValueError):
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
-        self.field = field
+        self.field = field and field[:50]
 
 
 def _plain_text(text: str | None) -> str | None:

@@ -94,26 +94,18 @@ class _Receiver:
 
     def read_form(self) -> dict[str, list[str]]:
         """Read a multipart body: the images to disk as they come."""
-        body = body_chunks(service.config.max_upload_mb * 2**20)
         fields: dict[str, list[str]] = {}
         room = MAX_BODY
-        try:
-            for part, chunks in _parts(body):
-                if part.name in IMAGE_PARTS:
-                    self._take_part(part, chunks)
-                elif isinstance(part, File):
-                    hint = schemas.HINTS.get(part.name, "send it as text")
-                    raise Invalid(f"{part.name[:50]!a} is a file; only images may be one: {hint}")
-                else:
-                    text = _text(part.name, chunks, room)
-                    room -= len(text)
-                    fields.setdefault(part.name, []).append(text)
-        except Exception:
-            # A client that still sends would not see the refusal.
-            with suppress(Refusal):
-                for _ in body:
-                    pass
-            raise
+        for part, chunks in _parts(body_chunks(service.config.max_upload_mb * 2**20)):
+            if part.name in IMAGE_PARTS:
+                self._take_part(part, chunks)
+            elif isinstance(part, File):
+                hint = schemas.HINTS.get(part.name, "send it as text")
+                raise Invalid(f"{part.name[:50]!a} is a file; only images may be one: {hint}")
+            else:
+                text = _text(part.name, chunks, room)
+                room -= len(text)
+                fields.setdefault(part.name, []).append(text)
         return fields
 
     def _take_part(self, part: Field | File, chunks: Iterator[bytes]) -> None:
@@ -169,8 +161,8 @@ def _events(decoder: MultipartDecoder, body: Iterator[bytes]) -> Iterator[Event]
             else:
                 yield event
     except RequestEntityTooLarge:
-        sentence = f"The form has more than {MAX_PARTS} parts, or a part with too long a name"
-        raise Invalid(sentence) from None
+        sentence = f"The form has more than {MAX_PARTS} parts, or too long a name of one"
+        raise Invalid(f"{sentence}, or too much beside them") from None
     except ValueError as error:
         raise Invalid("The body is not valid multipart/form-data, or has no end") from error
 
