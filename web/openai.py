@@ -98,7 +98,7 @@ def _make(asked: schemas.Request, until: float, arrivals: Sequence[Arrival] = ()
 
 
 @bp.get("/v1/models")
-@operation(answers.OpenAIModels)
+@operation(answers.OpenAIModels, id="openaiModels")
 def models() -> Response:
     """List the models, as OpenAI's API does."""
     data = [_model(model.name) for model in service.registry.known()]
@@ -106,7 +106,7 @@ def models() -> Response:
 
 
 @bp.get("/v1/models/<path:name>")
-@operation(answers.OpenAIModel)
+@operation(answers.OpenAIModel, id="openaiModel")
 def model(name: str) -> Response:
     """Look at one of the models, as OpenAI's API does."""
     try:

@@ -155,6 +155,12 @@ def test_what_needs_no_key_is_as_the_document_says(serve):
     assert client.get("/healthz").status_code == 200
 
 
+def test_each_operation_has_a_name_of_its_own():
+    paths = document()["paths"]
+    names = [operation["operationId"] for item in paths.values() for operation in item.values()]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_each_operation_has_a_tag_that_is_described():
     made = document()
     described = {tag["name"] for tag in made["tags"] if tag["description"]}
