@@ -279,7 +279,8 @@ def _schemas(models: list[tuple[type[BaseModel], Any]], config: Config) -> _Json
         model = {"anyOf": [rule, ours]} if issubclass(kind, Generations) else rule
         schema["properties"]["model"] = {"description": "a model's name", **model}
         if "images" in kind.model_fields:
-            schemas[kind.__name__ + _FORM] = _form(schema)
+            name = kind.__name__ + _FORM
+            schemas[name] = {**_form(schema), "title": name}
     return schemas
 
 

@@ -161,6 +161,11 @@ def test_each_operation_has_a_name_of_its_own():
     assert sorted(names) == sorted(set(names))
 
 
+def test_each_schema_is_called_by_its_own_name():
+    schemas = document()["components"]["schemas"]
+    assert {name: schema["title"] for name, schema in schemas.items()} == {n: n for n in schemas}
+
+
 def test_each_operation_has_a_tag_that_is_described():
     made = document()
     described = {tag["name"] for tag in made["tags"] if tag["description"]}
