@@ -60,7 +60,8 @@ export function showNewest({ tasks, next }) {
 export function showEnded(task) {
   if (task?.status !== "completed" || isFiltered()) return;
   if (known.pictures.some(({ id }) => id === task.id)) return;
-  const at = known.pictures.findIndex((other) => other.created_at < task.created_at);
+  // Of those added in the same second it is the newest, as far as can be told.
+  const at = known.pictures.findIndex((other) => other.created_at <= task.created_at);
   if (at >= 0) known.pictures.splice(at, 0, task);
   else if (!known.morePictures) known.pictures.push(task);
 }
