@@ -251,7 +251,8 @@ class Worker(ThreadWorker):
                 self._refuse(conn, TimeoutError())
             else:
                 self._close(conn)
-        waiting = self.pending_conns or self.keepalived_conns
+        # First one that was served, and may be again: another may be about to send its request.
+        waiting = self.keepalived_conns or self.pending_conns
         if waiting and self.nr_conns >= self.worker_connections:
             self.poller.unregister(waiting[0].sock)
             self._close(waiting.popleft())

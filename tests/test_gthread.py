@@ -205,6 +205,16 @@ def test_more_clients_than_may_be_connected_keep_nobody_out(start):
             assert ask(server, WHOLE)[0] == 202
 
 
+def test_who_is_about_to_send_is_not_closed_for_those_that_were_served(start):
+    server = start(options=["--worker-connections", "40"], WORKERS=1)
+    with clients(server, 39, WHOLE) as served:
+        assert [answer(client)[0] for client in served] == [202] * 39
+        with connect(server) as late:
+            healthz_within(server, 1)
+            late.sendall(WHOLE)
+            assert answer(late)[0] == 202
+
+
 def test_headers_have_their_time_in_all(start):
     server = start("g.HEADERS_SECONDS = 0.5")
     with clients(server, 2, b"GET / HTTP/1.1\r\nX: ", drip=b"x", every=0.1) as dripping:
