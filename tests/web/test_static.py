@@ -902,6 +902,7 @@ def test_what_was_submitted_here_and_failed_says_why_until_it_is_dismissed(site,
     upstream.decide = lambda fields: refusal(400, "no such style")
     send(page, "bad too")
     expect(page.locator(followed)).to_contain_text(reason)
+    expect(page.locator("#failed li")).to_have_count(2)
     newest = page.locator("#failed li").first
     newest.get_by_role("button", name="Delete").click()
     newest.get_by_role("button", name="Really delete?").click()
