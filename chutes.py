@@ -1,6 +1,5 @@
 """The upstream: one request in, one file on disk out, or a ChutesError that says what to do."""
 
-import base64
 import functools
 import json
 import math
@@ -25,6 +24,7 @@ from urllib3.exceptions import HTTPError, NewConnectionError
 import models
 import urls
 from config import Config
+from images import Base64Stream
 from models import Model
 from records import AttemptError, Remedy, Reply
 
@@ -36,9 +36,6 @@ ERROR_BODY_SECONDS = 10.0
 _LATE_SECONDS = 5.0
 _ERROR_BODY_BYTES = 65536
 _CHUNK = 65536
-# Base64 makes four characters of three bytes, so that each piece but the last is whole.
-_BASE64_CHUNK = 48 * 1024
-_BETWEEN = b'", "'
 _DETAIL_LENGTH = 300
 # A refusal may be JSON in a sentence in JSON, and so on.
 _MAX_WRAPPINGS = 8
@@ -234,7 +231,7 @@ class Chutes:
         self,
         url: str,
         model: str,
-        body: "bytes | _Body",
+        body: bytes | Base64Stream,
         file: BinaryIO,
         token: CancelToken,
         sink: Callable[[bytes], object],
@@ -261,7 +258,7 @@ class Chutes:
 
     @contextmanager
     def _post(
-        self, url: str, body: "bytes | _Body", token: CancelToken
+        self, url: str, body: bytes | Base64Stream, token: CancelToken
     ) -> Iterator[requests.Response]:
         """Send a request on a connection of its own, which is closed after the call.
 
@@ -436,33 +433,9 @@ class Chutes:
         return text if len(text) <= _DETAIL_LENGTH else text[:_DETAIL_LENGTH] + " ..."
 
 
-class _Body:
-    """JSON with images in it, made base64 as they are read, in pieces, but of known length."""
-
-    def __init__(self, before: str, files: Sequence[BinaryIO], after: str):
-        self._before, self._after = before.encode(), after.encode()
-        self._files = files
-        size = sum((file.seek(0, os.SEEK_END) + 2) // 3 * 4 for file in files)
-        self._length = len(self._before) + size + len(_BETWEEN) * (len(files) - 1)
-        self._length += len(self._after)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield self._before
-        for number, file in enumerate(self._files):
-            if number:
-                yield _BETWEEN
-            file.seek(0)
-            while data := file.read(_BASE64_CHUNK):
-                yield base64.b64encode(data)
-        yield self._after
-
-
 def _body(
     model: Model, head: dict[str, Any], params: dict[str, Any], inputs: Sequence[BinaryIO]
-) -> bytes | _Body:
+) -> bytes | Base64Stream:
     """Return the body of a call; its keys keep their order, since the same bytes may cost less."""
     if not inputs:
         return json.dumps({**head, **params}).encode()
@@ -473,7 +446,8 @@ def _body(
     opening, closing = ('["', '"]') if model.images.maximum > 1 else ('"', '"')
     before = f'{json.dumps(head)[:-1]}, "{model.images.field}": {opening}'
     after = f", {json.dumps(params)[1:]}" if params else "}"
-    return _Body(before, inputs, closing + after)
+    between = ['", "'] * (len(inputs) - 1)
+    return Base64Stream([before, *between, closing + after], inputs)
 
 
 class _Connection(HTTPConnection):

@@ -1,17 +1,19 @@
-"""What a file is: a PNG, JPEG or WebP image by its bytes, and whether it is whole."""
+"""What a file is: a PNG, JPEG or WebP image by its bytes, and whether it is whole; its base64."""
 
+import base64
 import functools
 import hashlib
 import io
+import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from PIL import Image as Pillow
 
@@ -25,6 +27,8 @@ _Result = TypeVar("_Result")
 _Reading = Generator[None, None, _Result]
 _BROKEN = "The image ended early or does not decode"
 _READ_SIZE = 65536
+# Base64 makes four characters of three bytes, so that each piece but the last is whole.
+_BASE64_CHUNK = 48 * 1024
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 # The markers of a JPEG that have a length behind them, and its end.
@@ -151,6 +155,27 @@ class Verifier:
             self._verdict = end.value
         except ImageError as error:
             self._verdict = error
+
+
+class Base64Stream:
+    """Texts with the contents of files between them in base64: in pieces, but of known length."""
+
+    def __init__(self, texts: Sequence[str], files: Sequence[IO[bytes]]):
+        self._texts = [text.encode() for text in texts]
+        self._files = files
+        sizes = [file.seek(0, os.SEEK_END) for file in files]
+        self._length = sum(map(len, self._texts)) + sum((size + 2) // 3 * 4 for size in sizes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[bytes]:
+        for text, file in zip(self._texts, self._files, strict=False):
+            yield text
+            file.seek(0)
+            while data := file.read(_BASE64_CHUNK):
+                yield base64.b64encode(data)
+        yield self._texts[-1]
 
 
 def inspect(path: Path) -> Image:

@@ -1,15 +1,16 @@
 """The routes in OpenAI's form: pictures in the answer, for the programs made for its API."""
 
-import base64
+import functools
 import re
 import select
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import IO, Any
 
 from flask import Blueprint, Response, g, request
 
+from images import Base64Stream
 from inputs import Arrival
 from outputs import whole_image_path
 from records import Task
@@ -19,8 +20,6 @@ from web.openapi import operation
 from web.params import get_model_or_404, idempotency_key, json_body, patience
 from web.service import service
 
-# Base64 makes four characters of three bytes, so that each chunk but the last is whole.
-_CHUNK = 48 * 1024
 # A wait looks as often, in seconds, whether its client is still there.
 _LOOK_SECONDS = 1.0
 
@@ -36,16 +35,18 @@ _FAILURES = {
     "internal": 500,
 }
 
+_makes_images = functools.partial(
+    operation,
+    answers.OpenAIImages,
+    errors=(409, 410, 429, 500, 502, 504, 507),
+    idempotent=True,
+)
+
 bp = Blueprint("openai", __name__)
 
 
 @bp.post("/v1/images/generations")
-@operation(
-    answers.OpenAIImages,
-    errors=(409, 410, 429, 500, 502, 504, 507),
-    body=schemas.Generations,
-    idempotent=True,
-)
+@_makes_images(body=schemas.Generations)
 def generations() -> Response:
     """Make pictures, and wait for them, as OpenAI's API does."""
     until = time.monotonic() + patience()
@@ -54,12 +55,7 @@ def generations() -> Response:
 
 
 @bp.post("/v1/images/edits")
-@operation(
-    answers.OpenAIImages,
-    errors=(409, 410, 429, 500, 502, 504, 507),
-    body=schemas.Edits,
-    idempotent=True,
-)
+@_makes_images(body=schemas.Edits)
 def edits() -> Response:
     """Edit pictures, and wait for what is made of them, as OpenAI's API does."""
     until = time.monotonic() + patience()
@@ -204,19 +200,8 @@ def _completed(ids: list[str], tasks: list[Task | None]) -> list[Task]:
 
 def _in_base64(files: Sequence[IO[bytes]]) -> Response:
     """Stream the files, with the length known before."""
-    before = [f'{{"created":{int(time.time())},"data":[{{"b64_json":"']
-    before += ['"},{"b64_json":"'] * (len(files) - 1)
-    after = '"}]}\n'
-    sizes = [file.seek(0, 2) for file in files]
-    length = sum(map(len, before)) + sum((size + 2) // 3 * 4 for size in sizes) + len(after)
-
-    def body() -> Iterator[bytes]:
-        for text, file in zip(before, files, strict=True):
-            yield text.encode()
-            file.seek(0)
-            while chunk := file.read(_CHUNK):
-                yield base64.b64encode(chunk)
-        yield after.encode()
-
-    headers = {"Content-Length": str(length)}
-    return Response(body(), headers=headers, content_type="application/json")
+    before = f'{{"created":{int(time.time())},"data":[{{"b64_json":"'
+    between = ['"},{"b64_json":"'] * (len(files) - 1)
+    stream = Base64Stream([before, *between, '"}]}\n'], files)
+    headers = {"Content-Length": str(len(stream))}
+    return Response(stream, headers=headers, content_type="application/json")
