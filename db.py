@@ -539,8 +539,7 @@ class Database:
         """Note the files of these names that are the input of no task, for `unused_inputs`."""
         self._run(
             """INSERT OR IGNORE INTO unused_inputs SELECT value FROM json_each(?)
-               WHERE NOT EXISTS (SELECT 1 FROM inputs WHERE sha256 || '.' || extension = value
-                                 AND sha256 = substr(value, 1, 64))""",
+               WHERE NOT EXISTS (SELECT 1 FROM inputs WHERE sha256 = substr(value, 1, 64))""",
             (json.dumps(names),),
         )
 

@@ -7,7 +7,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from images import Verifier
@@ -54,9 +53,7 @@ class Arrival:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def receive(self, chunks: Iterable[bytes], verifier: Verifier) -> None:

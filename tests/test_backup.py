@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import backup
@@ -628,6 +628,32 @@ def test_a_backup_of_an_earlier_version_is_restored(site, kept):
     assert old_databases.read_all(site.database, "tasks", "id") == before
 
 
+@contextmanager
+def under_load(server, work):
+    """Let three threads do the work, turn by turn, until the block ends; then kill the server."""
+    faults, done = [], threading.Event()
+
+    def keep_on(n):
+        try:
+            for _ in work(n):
+                if done.is_set():
+                    return
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=keep_on, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        server.kill_all()
+    assert faults == []
+
+
 @pytest.mark.processes
 def test_under_load_each_backup_has_the_inputs_of_its_tasks_and_runs_elsewhere(
     tmp_path, kept, upstream
@@ -636,33 +662,21 @@ def test_under_load_each_backup_has_the_inputs_of_its_tasks_and_runs_elsewhere(
     site = Site(server.folder)
     server.running()
     server.request("POST", "/queue/pause")
-    faults, done = [], threading.Event()
 
     def keep_editing(n):
         turn, ids = 0, []
-        while not done.is_set():
-            try:
-                prompt = f"{n} {turn % 7}"
+        while True:
+            prompt = f"{n} {turn % 7}"
+            ids.append(edits.edit(server, edits.png(prompt), prompt=prompt))
+            if turn := turn + 1:
+                with suppress(json.JSONDecodeError):  # 204 has no body.
+                    server.request("DELETE", f"/tasks/{ids.pop(turn % len(ids))}")
+            if turn % 3 == 0:
                 ids.append(edits.edit(server, edits.png(prompt), prompt=prompt))
-                if turn := turn + 1:
-                    with suppress(json.JSONDecodeError):  # 204 has no body.
-                        server.request("DELETE", f"/tasks/{ids.pop(turn % len(ids))}")
-                if turn % 3 == 0:
-                    ids.append(edits.edit(server, edits.png(prompt), prompt=prompt))
-            except Exception as error:
-                faults.append(error)
+            yield
 
-    threads = [threading.Thread(target=keep_editing, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
+    with under_load(server, keep_editing):
         made = [site.back_up(kept) for _ in range(4)]
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-        server.kill_all()
-    assert faults == []
     for found in made:
         assert backup.input_names(found / "tasks.sqlite3") == set(names(found / "inputs"))
         for name, picture in contents(found / "inputs").items():
@@ -690,31 +704,20 @@ def test_under_load_each_backup_is_whole_and_serves_elsewhere(tmp_path, kept, up
     server = Server(tmp_path / "site", upstream.url, CONCURRENCY=8).ready()
     site = Site(server.folder)
     server.running()
-    ids, faults, done = [], [], threading.Event()
+    ids = []
 
     def keep_asking(n):
         chance = random.Random(n)
-        while not done.is_set():
-            try:
-                ids.append(server.submit(f"#{chance.randrange(2**24):06x}"))
-                if chance.random() < 0.2:
-                    with suppress(json.JSONDecodeError):  # 204 has no body.
-                        server.request("DELETE", f"/tasks/{chance.choice(ids)}")
-            except Exception as error:
-                faults.append(error)
+        while True:
+            ids.append(server.submit(f"#{chance.randrange(2**24):06x}"))
+            if chance.random() < 0.2:
+                with suppress(json.JSONDecodeError):  # 204 has no body.
+                    server.request("DELETE", f"/tasks/{chance.choice(ids)}")
+            yield
 
-    threads = [threading.Thread(target=keep_asking, args=(n,)) for n in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
+    with under_load(server, keep_asking):
         made = [site.back_up(kept) for _ in range(4)]
         assert "The server runs" in site.refusal("restore", kept)
-    finally:
-        done.set()
-        for thread in threads:
-            thread.join()
-        server.kill_all()
-    assert faults == []
     before = {task: digest for task, _, _, digest in site.tasks() if digest}
     for found in made:
         for task, path in backup.image_paths(found / "tasks.sqlite3").items():

@@ -1,6 +1,7 @@
 """What a request uploads: fields, and images that go to disk as they come, checked there."""
 
 import binascii
+import itertools
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -194,13 +195,7 @@ def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
     head = b""
     while len(head) < _HEAD and (chunk := next(chunks, b"")):
         head += chunk
-    return head, _chain(head, chunks)
-
-
-def _chain(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
-    if head:
-        yield head
-    yield from chunks
+    return head, itertools.chain([head], chunks)
 
 
 def _slices(text: str) -> Iterator[bytes]:
@@ -233,7 +228,7 @@ def _without_type(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
     if not comma or not kind.lower().endswith(b";base64"):
         raise Invalid("is a data URL, but not one in base64: data:image/png;base64,...")
     next(chunks)
-    return _chain(head[len(kind) + 1 :], chunks)
+    return itertools.chain([head[len(kind) + 1 :]], chunks)
 
 
 def _of_task(name: str) -> Iterator[bytes] | None:
